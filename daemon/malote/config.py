@@ -6,16 +6,19 @@ the files that hold them (0600 enforced where they are read) or the names of sys
 
 from __future__ import annotations
 
+import ipaddress
+import json
 import tomllib
 from collections.abc import Iterator
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from malote.errors import ConfigError
 
+OptionalPath = Annotated[Path | None, BeforeValidator(lambda value: None if value == "" else value)]   # "" says: not set
 Port = Annotated[int, Field(ge=1, le=65535)]
 Seconds = Annotated[float, Field(gt=0)]
 
@@ -23,7 +26,7 @@ Seconds = Annotated[float, Field(gt=0)]
 class Section(BaseModel):
     """A table of the file: no unknown keys, no silent conversion of types, unchangeable once read."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=False, str_strip_whitespace=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, str_strip_whitespace=True)
 
 
 class Security(StrEnum):
@@ -35,13 +38,13 @@ class Security(StrEnum):
 
 
 class StoreConfig(Section):
-    path: Path | None = None    # directory; default: /var/lib/malote for root or the service, XDG data directory for a person
+    path: OptionalPath = None    # directory; default: /var/lib/malote for root or the service, XDG data directory for a person
     remember_days: int = Field(400, ge=28)      # how long a message is remembered; a repeat after that is LATE, never FRESH
 
 
 class KeysConfig(Section):
     unlock: Literal["prompt", "file", "credential"] = "prompt"
-    file: Path | None = None            # with unlock = "file": holds the passphrase; refused unless 0600 or 0400
+    file: OptionalPath = None            # with unlock = "file": holds the passphrase; refused unless 0600 or 0400
     credential: str = "malote-keys"     # with unlock = "credential": name below $CREDENTIALS_DIRECTORY
 
 
@@ -56,12 +59,12 @@ class ListenerConfig(Section):
 
     host: str = "127.0.0.1"
     port: Port = 2525
-    socket: Path | None = None          # a UNIX socket instead of host and port; the peer's uid is its authentication
+    socket: OptionalPath = None          # a UNIX socket instead of host and port; the peer's uid is its authentication
     tls: Literal["none", "starttls", "tls"] = "none"
-    certificate: Path | None = None
-    certificate_key: Path | None = None
+    certificate: OptionalPath = None
+    certificate_key: OptionalPath = None
     auth: Literal["pass-through", "local", "peer", "none"] = "pass-through"
-    users_file: Path | None = None      # with auth = "local": lines `login:argon2id hash:address,address`
+    users_file: OptionalPath = None      # with auth = "local": lines `login:argon2id hash:address,address`
 
 
 class UpstreamConfig(Section):
@@ -69,12 +72,12 @@ class UpstreamConfig(Section):
 
     host: str = ""                      # no default: the one thing that must be said
     port: Port = 587
-    socket: Path | None = None          # a UNIX socket instead, for LMTP
+    socket: OptionalPath = None          # a UNIX socket instead, for LMTP
     protocol: Literal["smtp", "lmtp"] = "smtp"
     security: Security = Security.STARTTLS
-    ca_file: Path | None = None         # default: the system's certificate authorities
+    ca_file: OptionalPath = None         # default: the system's certificate authorities
     username: str = ""                  # configured credentials; empty: the client's own are passed through
-    password_file: Path | None = None
+    password_file: OptionalPath = None
     token_command: tuple[str, ...] = ()     # prints an OAuth 2 access token; used instead of a password
     auth: Literal["auto", "plain", "login", "xoauth2", "oauthbearer"] = "auto"
     connections: int = Field(20, ge=1, le=1000)         # pooled connections at most, with configured credentials
@@ -134,9 +137,9 @@ class AccountConfig(Section):
     host: str
     port: Port = 993
     security: Security = Security.TLS
-    ca_file: Path | None = None
+    ca_file: OptionalPath = None
     username: str
-    password_file: Path | None = None
+    password_file: OptionalPath = None
     credential: str = ""                    # name of a systemd credential that holds the password
     token_command: tuple[str, ...] = ()
     auth: Literal["auto", "login", "plain", "xoauth2", "oauthbearer"] = "auto"
@@ -144,7 +147,7 @@ class AccountConfig(Section):
     folders: tuple[str, ...] = ("INBOX", "\\Junk")
     deliver: Literal["replace", "folder", "maildir"]    # no default: it decides who can read the opened mail
     deliver_folder: str = "Malote/Opened"   # with deliver = "folder"
-    maildir: Path | None = None             # with deliver = "maildir"
+    maildir: OptionalPath = None             # with deliver = "maildir"
     sealed_folder: str = "Malote/Sealed"
     quarantine_folder: str = "Malote/Quarantine"
     keep_sealed_days: int = Field(0, ge=0)  # 0: for ever
@@ -182,7 +185,8 @@ def load_config(path: Path) -> Config:
 def parse_config(table: dict[str, Any], *, source: str) -> Config:
     """Check a table already read from `source`. Raises `ConfigError` that lists every fault."""
     try:
-        return Config.model_validate(table)
+        # the JSON rules of strict mode: "25" is no number, yet a list is a tuple and a string a path
+        return Config.model_validate_json(json.dumps(table, default=str), strict=True)
     except ValidationError as error:
         raise ConfigError("\n".join(_faults(error, source))) from None     # its own text repeats the values
 
@@ -198,3 +202,82 @@ def _faults(error: ValidationError, source: str) -> Iterator[str]:
             case _:
                 text = fault["msg"][0].lower() + fault["msg"][1:]
         yield f"{source}: {key}: {text}"
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host or address of the configuration is this machine."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def config_faults(config: Config) -> list[str]:
+    """What the schema cannot see: keys that need each other, and arrangements that would send secrets in clear.
+
+    Each is `key: what is wrong; the cure`. An empty list means that the daemon may start.
+    """
+    faults = [] if config.keys.unlock != "file" or config.keys.file else ['keys.file: must be set with keys.unlock = "file"']
+    if config.outgoing.enabled:
+        faults += _upstream_faults(config.outgoing.upstream)
+        for number, listener in enumerate(config.outgoing.listeners, 1):
+            faults += [f"outgoing.listeners.{number}.{fault}" for fault in _listener_faults(listener, config.outgoing.upstream)]
+        if not config.outgoing.listeners:
+            faults.append("outgoing.listeners: there is none; remove the key for the default, or set outgoing.enabled = false")
+    elif not config.accounts:
+        faults.append("outgoing.enabled: is false and there are no accounts: nothing would be done")
+    names = [account.name for account in config.accounts]
+    for number, account in enumerate(config.accounts, 1):
+        faults += [f"accounts.{number}.{fault}" for fault in _account_faults(account)]
+        if names.index(account.name) != number - 1:
+            faults.append(f"accounts.{number}.name: {account.name!r} is taken by another account; each needs a name of its own")
+    return faults
+
+
+def _upstream_faults(upstream: UpstreamConfig) -> Iterator[str]:
+    key = "outgoing.upstream"
+    if not upstream.host and not upstream.socket:
+        yield f"{key}.host: must be set to the server that carries your mail on; or set outgoing.enabled = false"
+    if upstream.host and upstream.security is Security.NONE and not is_loopback(upstream.host):
+        yield f'{key}.security: "none" would send mail in clear over the network; use "starttls" or "tls"'
+    if upstream.username and not upstream.password_file and not upstream.token_command:
+        yield f"{key}.password_file: must be set with username (or token_command); without a username the client's login is used"
+    if not upstream.username and (upstream.password_file or upstream.token_command):
+        yield f"{key}.username: must be set with password_file or token_command"
+
+
+def _listener_faults(listener: ListenerConfig, upstream: UpstreamConfig) -> Iterator[str]:
+    local = listener.socket is not None or is_loopback(listener.host)
+    if listener.tls != "none" and not (listener.certificate and listener.certificate_key):
+        yield f'certificate: tls = "{listener.tls}" needs certificate and certificate_key'
+    if listener.auth == "local" and not listener.users_file:
+        yield 'users_file: must be set with auth = "local"'
+    if listener.auth == "peer" and not listener.socket:
+        yield 'auth: "peer" is the user at the other end of a UNIX socket; set socket'
+    if listener.auth == "pass-through" and upstream.username:
+        yield 'auth: "pass-through" has no use for the configured upstream.username; use "local" or "peer"'
+    if listener.auth == "none" and upstream.username:
+        yield 'auth: "none" would let anybody who reaches the port send with upstream.username; use "local" or "peer"'
+    if not local and listener.auth == "none":
+        yield 'auth: "none" on an address that others reach is an open relay; use "pass-through" or "local"'
+    if not local and listener.tls == "none":
+        yield 'tls: "none" would show logins and mail to the network; use "starttls" or "tls"'
+
+
+def _account_faults(account: AccountConfig) -> Iterator[str]:
+    secrets = [bool(account.password_file), bool(account.credential), bool(account.token_command)]
+    if sum(secrets) != 1:
+        yield "password_file: set exactly one of password_file, credential, token_command"
+    if account.security is Security.NONE and not is_loopback(account.host):
+        yield 'security: "none" would send your login in clear over the network; use "tls" or "starttls"'
+    if account.deliver == "maildir" and not account.maildir:
+        yield 'maildir: must be set with deliver = "maildir"'
+    if not account.folders:
+        yield "folders: there must be at least one to watch"
+    ours = [account.sealed_folder, account.quarantine_folder]
+    if account.deliver == "folder":
+        ours.append(account.deliver_folder)
+    if len(set(ours)) != len(ours) or any(folder in account.folders for folder in ours):
+        yield "folders: sealed_folder, quarantine_folder and deliver_folder must differ from each other and from folders"

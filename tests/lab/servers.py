@@ -376,8 +376,8 @@ class Sink:
         if self.dump is not None:
             self.dump.mkdir(parents=True, exist_ok=True)
             shutil.chown(self.dump, "postfix")
-        self.process = subprocess.Popen([_sbin("smtp-sink"), "-u", "postfix", *self.options, *keep, f"inet:{HOST}:{self.port}", "1000"],
-                                        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+        command = [_sbin("smtp-sink"), "-u", "postfix", *self.options, *keep, f"inet:{HOST}:{self.port}", "1000"]
+        self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
         wait_for_port(self.port, process=self.process)
 
     def stop(self) -> None:
