@@ -1,0 +1,51 @@
+"""What the signed manifest says about the original is compared with the original itself (docs/format.md 6.4).
+
+Both sides read it by these rules, so that a manifest and its original agree or the message is not accepted.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from malote.core.address import parse_mailboxes
+from malote.core.message import Bytes, Field, header_fields
+from malote.errors import FormatError
+
+_FOLD = re.compile(rb"\r?\n(?=[ \t])")
+_MESSAGE_ID = re.compile(rb"[\x21-\x7e][\x20-\x7e]{0,997}")
+_ODD = re.compile(rb"\r(?!\n)|\x00")        # what some programs take for a line end or an end of text
+
+
+@dataclass(frozen=True, slots=True)
+class InnerHeader:
+    message_id: str             # "" where there is no single usable one
+    from_address: str | None    # canonical; None where programs could disagree about who it is from
+
+
+def read_inner(original: Bytes) -> InnerHeader:
+    """Never raises: an original that cannot be read has neither."""
+    try:
+        fields = header_fields(original)
+    except FormatError:
+        return InnerHeader("", None)
+    return InnerHeader(_message_id(fields), _from_address(fields))
+
+
+def _message_id(fields: list[Field]) -> str:
+    values = [_FOLD.sub(b"", field.raw_value).strip(b" \t\r") for field in fields if field.name == "message-id"]
+    return values[0].decode("ascii") if len(values) == 1 and _MESSAGE_ID.fullmatch(values[0]) else ""
+
+
+def _from_address(fields: list[Field]) -> str | None:
+    """The one mailbox of the one From field, if every line of the header is a field and holds no odd line end."""
+    if any(not field.name or _ODD.search(field.raw) for field in fields):
+        return None
+    values = [field.raw_value for field in fields if field.name == "from"]
+    if len(values) != 1:
+        return None
+    try:
+        mailboxes = parse_mailboxes(values[0])
+    except FormatError:
+        return None
+    return mailboxes[0] if len(mailboxes) == 1 else None
