@@ -6,7 +6,9 @@ simply not in the answer.
 
 from __future__ import annotations
 
+import contextlib
 import re
+import sys
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -17,8 +19,9 @@ from malote.incoming.imap_protocol import Exchange, MailProtocol
 
 BATCH_MESSAGES = 200                # messages in one FETCH of bodies
 BATCH_BYTES = 4 * 1024 * 1024       # of message text in one FETCH; two are in flight, so about twice that is in memory
-HEADER_BATCH = 500                  # messages in one FETCH of headers
-HEADER_BUDGET = 64 * 1024           # bytes of header for each message that a batch may hold on average
+PEEK_BATCH = 200                    # messages in one FETCH of headers or pieces
+HEADER_BYTES = 64 * 1024            # of one header that is read at all: strangers write headers, and 200 are in memory at once
+BATCH_SLACK = 1024 * 1024           # bytes by which a batch of bodies may exceed what RFC822.SIZE said: it is often a little off
 ANSWER_SLACK = 4096                 # bytes that one FETCH answer may hold beside its body: flags, dates, punctuation
 
 _FIELD = re.compile(r"[!-9;-~]+")               # RFC 5322 3.6.8, ftext
@@ -63,13 +66,13 @@ class Reader:
         short = "ESEARCH" in self._protocol.capabilities
         pieces = (b"RETURN (ALL)", criteria.encode()) if short else (criteria.encode(),)
         command = Exchange("SEARCH", self._protocol.new_tag(), pieces, prefix="UID", seconds=self._search_seconds,
-                           wants=frozenset({"SEARCH", "ESEARCH"}), take=None)
+                           wants=frozenset({"SEARCH", "ESEARCH"}))
         await self._protocol.execute(command)
         command.ok("search")
         with self._protocol.readable():
             found: set[int] = set()
             for data in command.data:
-                if data.name == "SEARCH" or command.tag.encode() in data.rest:
+                if data.name == "SEARCH" or b'"%s"' % command.tag.encode() in data.rest:
                     found.update(imap_parse.parse_search(data))
             return sorted(found)
 
@@ -91,7 +94,7 @@ class Reader:
         return found
 
     async def peek_headers(self, uids: Iterable[int], fields: Sequence[str] = ()) -> list[Peeked]:
-        """Size, date, flags and header (all of it, or only `fields`) of those still there, ascending, in batches."""
+        """Size, date, flags and header (all of it, or only `fields`) of those still there, ascending; at most HEADER_BYTES."""
         wanted = "HEADER"
         if fields:
             if not all(_FIELD.fullmatch(field) for field in fields):
@@ -104,24 +107,24 @@ class Reader:
             found[uid] = Peeked(uid, imap_parse.fetch_number(items, "RFC822.SIZE"), date_ms, imap_parse.fetch_flags(items),
                                 imap_parse.fetch_body(items) or b"")
 
-        items = b"(UID FLAGS INTERNALDATE RFC822.SIZE BODY.PEEK[%s])" % wanted.encode()
-        await self._in_turn(self._command(part, members, items, take, "BODY[", len(members) * HEADER_BUDGET + HEADER_BUDGET * 16)
-                            for part, members in _batches(uids, HEADER_BATCH))
+        items = b"(UID FLAGS INTERNALDATE RFC822.SIZE BODY.PEEK[%s]<0.%d>)" % (wanted.encode(), HEADER_BYTES)
+        await self._in_turn(self._command(part, members, items, take, "BODY[", len(members) * (HEADER_BYTES + ANSWER_SLACK))
+                            for part, members in _batches(uids, PEEK_BATCH))
         return [found[uid] for uid in sorted(found)]
 
-    async def peek_structure(self, uids: Iterable[int]) -> dict[int, list[Part]]:
-        """UID -> the leaves of its MIME tree as the server sees it. A tree that cannot be read is an empty list."""
-        found: dict[int, list[Part]] = {}
+    async def peek_structure(self, uids: Sequence[int]) -> dict[int, list[Part]]:
+        """UID -> the leaves of its MIME tree as the server sees it; empty if that is beyond our limits, absent if it is gone."""
+        sizes = await self.sizes(uids)
+        found: dict[int, list[Part]] = {uid: [] for uid in sizes}
 
         def take(uid: int, items: dict[str, Value]) -> None:
-            try:
-                found[uid] = imap_parse.parse_structure(items["BODYSTRUCTURE"])
-            except ValueError:
-                found[uid] = []     # one strange message must not stop the others
+            with contextlib.suppress(ValueError):       # one strange message must not stop the others
+                found[uid] = imap_parse.parse_structure(items.get("BODYSTRUCTURE"))
 
-        await self._in_turn(self._command(part, members, b"(UID BODYSTRUCTURE)", take, "BODYSTRUCTURE",
-                                          len(members) * HEADER_BUDGET + HEADER_BUDGET * 16)
-                            for part, members in _batches(uids, HEADER_BATCH))
+        # no budget: the parts kept are few whatever the answer's size, see MAX_TOKENS
+        readable = [uid for uid, size in sizes.items() if size <= self._protocol.max_literal]
+        await self._in_turn(self._command(part, members, b"(UID BODYSTRUCTURE)", take, "BODYSTRUCTURE", sys.maxsize)
+                            for part, members in _batches(readable, PEEK_BATCH))
         return found
 
     async def peek_parts(self, sections: Iterable[tuple[int, str]], length: int, start: int = 0) -> dict[tuple[int, str], bytes]:
@@ -143,7 +146,7 @@ class Reader:
         await self._in_turn(
             self._command(part, members, b"(UID BODY.PEEK[%s]<%d.%d>)" % (section.encode(), start, length), taker(section),
                           "BODY[", len(members) * (length + ANSWER_SLACK))
-            for section, uids in by_section.items() for part, members in _batches(uids, HEADER_BATCH))
+            for section, uids in by_section.items() for part, members in _batches(uids, PEEK_BATCH))
         return found
 
     async def peek_bytes(self, uid: int, section: str, start: int, length: int) -> bytes | None:
@@ -188,8 +191,7 @@ class Reader:
             if raw is not None:
                 found.append(Fetched(uid, raw, imap_parse.fetch_flags(items), *_date(items)))
 
-        # RFC822.SIZE is often a little off (line endings); twice the size and a slack is a bound, not a check
-        budget = sum(2 * known[uid] + ANSWER_SLACK for uid in batch)
+        budget = BATCH_SLACK + sum(2 * known[uid] + ANSWER_SLACK for uid in batch)
         part = b",".join(part for part, _ in imap_names.uid_sets(batch))
         command = self._command(part, batch, b"(UID FLAGS INTERNALDATE BODY.PEEK[])", take, "BODY[", budget)
         await self._protocol.submit(command)
@@ -197,7 +199,7 @@ class Reader:
 
     async def _bodies(self, command: Exchange, found: list[Fetched]) -> list[Fetched]:
         await self._protocol.finished(command)
-        command.ok("fetch messages")
+        _check_fetched(command)
         answer = found[:]
         found.clear()
         return answer
@@ -237,7 +239,13 @@ class Reader:
 
     async def _done(self, command: Exchange) -> None:
         await self._protocol.finished(command)
-        command.ok("fetch")
+        _check_fetched(command)
+
+
+def _check_fetched(command: Exchange) -> None:
+    """NO with EXPUNGEISSUED (RFC 5530) only says that some were gone; the others have been answered."""
+    if command.status is None or command.status.code != "EXPUNGEISSUED":
+        command.ok("fetch messages")
 
 
 def _date(items: dict[str, Value]) -> tuple[str, int]:

@@ -1,5 +1,8 @@
 """Cuts what arrives on an IMAP connection into responses: no socket, no meaning (RFC 3501 2.2.2 and 4.3).
 
+A FETCH answer with a line beyond all reason is dropped whole: a message can be written so that its BODYSTRUCTURE is that long,
+and must not end the connection each time somebody looks. Any other such line ends it.
+
 One bytearray, no recursion, every byte looked at once; a large literal is collected on its own, so a message of 50 MB costs
 50 MB while it arrives. A response is its parts: a line, then a literal and the line that follows it, and so on.
 """
@@ -14,6 +17,8 @@ MAX_LINE = 16 * 1024 * 1024     # SEARCH names every UID on one line: 1.4 millio
 MAX_PARTS = 20_000              # literals and lines of one response
 
 _LITERAL = re.compile(rb"~?\{(\d{1,10})\}$")
+_FETCH = re.compile(rb"\* \d{1,10} FETCH ", re.IGNORECASE)
+_TAIL = 32                      # bytes kept of a line that is dropped: the literal it may announce must still be seen
 _STATUS_LINE = re.compile(rb"\* (?:OK|NO|BAD|BYE|PREAUTH)\b", re.IGNORECASE)
 
 
@@ -28,6 +33,7 @@ class Framer:
         self._size = 0
         self._literal: io.BytesIO | None = None     # its getvalue() does not copy
         self._missing = 0
+        self._dropping = False
 
     @property
     def waiting(self) -> bool:
@@ -50,13 +56,24 @@ class Framer:
                 if size is not None:
                     position = self._begin_literal(position, size)
                     continue
-                parts, total, self._parts, self._size = self._parts, self._size, [], 0
-                yield parts, total
+                parts, total, dropped = self._parts, self._size, self._dropping
+                self._parts, self._size, self._dropping = [], 0, False
+                if not dropped:
+                    yield parts, total
         finally:
             del self._buffer[:position]         # also when the caller stops here: what is left stays to be looked at
         self._scanned = max(0, len(self._buffer) - 1)
         if len(self._buffer) > MAX_LINE:
+            self._drop_line()
+
+    def _drop_line(self) -> None:
+        beginning = self._parts[0] if self._parts else bytes(self._buffer[:_TAIL])
+        if not _FETCH.match(beginning):
             raise ValueError("a line too long")
+        self._dropping = True
+        self._parts = self._parts or [beginning]
+        del self._buffer[:-_TAIL]
+        self._scanned = _TAIL - 1
 
     def _fill_literal(self, data: bytes) -> bytes | None:
         """What follows the literal under way; None if it is not complete yet."""

@@ -31,8 +31,9 @@ STATUS_BUDGET = 64 * 1024 * 1024    # bytes that the answers to one command may 
 MAX_WAITS = 60                      # how often a command that trickles in may be given its time again
 
 _TAGGED = re.compile(rb"([A-Z]+[0-9]+) (.*)", re.DOTALL)
-_ALONE = frozenset({"SELECT", "EXAMINE", "UNSELECT", "CLOSE", "LOGIN", "AUTHENTICATE", "STARTTLS", "IDLE", "LOGOUT",
-                    "CAPABILITY"})
+# These may be in flight with others: their answers are told apart by UID, or are only the tagged line. All else goes alone, since
+# it changes the state of the connection or is answered by untagged data that names no command (RFC 3501 5.5).
+_TOGETHER = frozenset({"FETCH", "APPEND", "STORE", "NOOP"})
 _EXTRA_STATES = {"UNSELECT": (aioimaplib.SELECTED,)}
 
 Piece = bytes | Literal
@@ -249,7 +250,7 @@ class MailProtocol(aioimaplib.IMAP4ClientProtocol):     # type: ignore[misc]
 
     async def execute(self, command: aioimaplib.Command, scrub: str | None = None) -> aioimaplib.Response:
         """Send and wait for the answer. Raises `MailboxLost`; NO and BAD are in the response. `scrub` is not needed: no log."""
-        if command.name in _ALONE:
+        if command.name not in _TOGETHER:
             async with self._order:
                 await self._wait_for(self._idle_pending, getattr(command, "seconds", 30.0))
                 await self._send(command)
