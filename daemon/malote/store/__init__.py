@@ -1,0 +1,24 @@
+"""What must survive a restart: identities, cards, serial numbers, journal, seen state. One schema for SQLite and PostgreSQL."""
+
+from malote.store.records import (
+    Attempt,
+    CardRecord,
+    FolderState,
+    Level,
+    LockedIdentity,
+    Outcome,
+    OutcomeEntry,
+    PastCard,
+    SendIntent,
+    SendPlan,
+    SendRecipient,
+    SendRow,
+    SendState,
+    Stored,
+)
+from malote.store.store import Store
+
+__all__ = [
+    "Attempt", "CardRecord", "FolderState", "Level", "LockedIdentity", "Outcome", "OutcomeEntry", "PastCard", "SendIntent",
+    "SendPlan", "SendRecipient", "SendRow", "SendState", "Store", "Stored",
+]

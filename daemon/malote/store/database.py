@@ -1,0 +1,143 @@
+"""The SQLite file: who may open it, how it is opened, and one transaction on it."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import stat
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import Connection, Engine, create_engine, event
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.pool import NullPool
+
+from malote.errors import MaloteError, StoreUnavailable
+from malote.store.schema import Statement
+
+FILE_NAME = "store.sqlite"
+BUSY_MS = 5_000     # how long a lock of another process is waited for; a client waits minutes for its reply
+
+Row = tuple[Any, ...]
+
+
+class Db:
+    """A transaction: what every operation of the store is a function of. Values are int, str, bytes and None only."""
+
+    __slots__ = ("connection", "driver")
+
+    def __init__(self, connection: Connection) -> None:
+        self.connection = connection
+        raw = connection.connection.driver_connection
+        self.driver: sqlite3.Connection | None = raw if isinstance(raw, sqlite3.Connection) else None
+
+    def rows(self, statement: Statement, values: dict[str, Any]) -> list[Row]:
+        if self.driver is not None:
+            if statement.constants:
+                values = statement.constants | values
+            return self.driver.execute(statement.text, values).fetchall()
+        return [tuple(row) for row in self.connection.execute(statement.core, values)]
+
+    def row(self, statement: Statement, values: dict[str, Any]) -> Row | None:
+        rows = self.rows(statement, values)
+        return rows[0] if rows else None
+
+    def run(self, statement: Statement, values: dict[str, Any]) -> int:
+        """Execute; returns the number of rows changed."""
+        if self.driver is not None:
+            if statement.constants:
+                values = statement.constants | values
+            return self.driver.execute(statement.text, values).rowcount
+        return self.connection.execute(statement.core, values).rowcount
+
+    def many(self, statement: Statement, values: Sequence[dict[str, Any]]) -> None:
+        if len(values) == 1:
+            self.run(statement, values[0])
+        elif values and self.driver is not None:
+            self.driver.executemany(statement.text, [statement.constants | row for row in values])
+        elif values:
+            self.connection.execute(statement.core, list(values))
+
+
+def unavailable(cause: BaseException) -> MaloteError:
+    """What the caller gets for an error of the database. The cause stays for the log; its text goes nowhere else."""
+    if isinstance(cause, MaloteError):
+        return cause
+    original = cause.orig if isinstance(cause, DBAPIError) else cause
+    code = getattr(original, "sqlite_errorcode", None)
+    error = StoreUnavailable(_TEXTS.get(code & 0xFF if isinstance(code, int) else None, "the store cannot be used"))
+    error.__cause__ = cause
+    return error
+
+
+_TEXTS: dict[int | None, str] = {
+    sqlite3.SQLITE_FULL: "the disk of the store is full",
+    sqlite3.SQLITE_BUSY: "the store is locked by another process",
+    sqlite3.SQLITE_LOCKED: "the store is locked by another process",
+    sqlite3.SQLITE_READONLY: "the store is read-only",
+    sqlite3.SQLITE_CANTOPEN: "the store cannot be opened",
+    sqlite3.SQLITE_PERM: "the store cannot be opened: access denied",
+    sqlite3.SQLITE_IOERR: "the disk of the store reports an error",
+    sqlite3.SQLITE_CORRUPT: "the store is damaged",
+    sqlite3.SQLITE_NOTADB: "the store file is not a store",
+}
+
+
+def check_place(directory: Path) -> Path:
+    """The store file below `directory`, both made if missing and both ours alone. Raises `StoreUnavailable`."""
+    try:
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        place = directory.lstat()
+        if not stat.S_ISDIR(place.st_mode):
+            raise StoreUnavailable("the store's directory is a link or no directory", hint=f"see {directory}")
+        _check_owner(place, directory, 0o700)
+        file = directory / FILE_NAME
+        try:
+            os.close(os.open(file, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600))
+        except FileExistsError:
+            found = file.lstat()
+            if not stat.S_ISREG(found.st_mode):
+                raise StoreUnavailable("the store file is a link or no file", hint=f"see {file}") from None
+            _check_owner(found, file, 0o600)
+            if found.st_uid != place.st_uid:
+                raise StoreUnavailable("the store file and its directory have different owners", hint=f"see {file}") from None
+    except OSError as error:
+        raise StoreUnavailable(f"the store's directory cannot be used ({error.strerror})", hint=f"see {directory}") from error
+    return file
+
+
+def _check_owner(found: os.stat_result, path: Path, mode: int) -> None:
+    # the administrator may look into the store of the service: SQLite then gives the files it makes to the store's owner
+    if os.geteuid() not in (0, found.st_uid):
+        raise StoreUnavailable("the store belongs to another user", hint=f"see {path}")
+    if stat.S_IMODE(found.st_mode) & ~mode & 0o077:
+        raise StoreUnavailable("the store can be read by other users", hint=f"chmod {mode:o} {path}")
+
+
+def make_engine(file: Path, *, readonly: bool = False) -> Engine:
+    """An engine without a pool: its one user keeps one connection. Never creates the file: an empty store in the place of a
+    lost one would hand out serials again."""
+    uri = f"{file.absolute().as_uri()}?mode={'ro' if readonly else 'rw'}"
+
+    def connect() -> sqlite3.Connection:
+        # isolation_level None: the driver begins no transaction by itself, `begin` below does
+        return sqlite3.connect(uri, uri=True, isolation_level=None, timeout=BUSY_MS / 1000, cached_statements=200)
+
+    engine = create_engine("sqlite://", creator=connect, poolclass=NullPool)
+
+    @event.listens_for(engine, "connect")
+    def _set_up(connection: sqlite3.Connection, _record: object) -> None:
+        for pragma in (f"busy_timeout = {BUSY_MS}", "foreign_keys = ON", "synchronous = FULL", "trusted_schema = OFF",
+                       "secure_delete = FAST", "temp_store = MEMORY"):
+            connection.execute(f"PRAGMA {pragma}")
+        if not readonly and connection.execute("PRAGMA journal_mode").fetchone() != ("wal",):
+            connection.execute("PRAGMA journal_mode = WAL")
+
+    @event.listens_for(engine, "begin")
+    def _begin(connection: Connection) -> None:
+        # IMMEDIATE: two processes never both read and then find that only one may write
+        mode = "DEFERRED" if connection.get_execution_options().get("malote_read") else "IMMEDIATE"
+        connection.exec_driver_sql(f"BEGIN {mode}")
+
+    return engine

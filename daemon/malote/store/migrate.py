@@ -1,0 +1,85 @@
+"""Bringing the schema up to date when a store is opened, after a copy of it was kept."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sqlite3
+from pathlib import Path
+
+from sqlalchemy import Connection, Engine, text
+
+from malote.errors import StoreUnavailable
+from malote.store.schema import CURRENT, REVISIONS
+
+log = logging.getLogger("malote.store")
+
+
+def bring_up_to_date(engine: Engine, file: Path) -> None:
+    """Nothing but one SELECT when there is nothing to do. Raises `StoreUnavailable` for a store of a newer version."""
+    with engine.connect().execution_options(malote_read=True) as connection, connection.begin():
+        if _version(connection) == CURRENT:
+            return
+    with engine.connect() as connection, connection.begin():
+        version = _version(connection)      # again, now that no other process can be at it
+        if version == CURRENT:
+            return
+        if version is not None:
+            _keep_copy(file, version)
+        upgrade(connection)
+        log.info("store schema is now version %s", CURRENT)
+
+
+def check_version(engine: Engine) -> None:
+    """For a store that is only read. Raises `StoreUnavailable` unless its schema is the current one."""
+    with engine.connect().execution_options(malote_read=True) as connection, connection.begin():
+        if _version(connection) != CURRENT:
+            raise StoreUnavailable("the store is of an older version", hint="start malote once so that it is brought up to date")
+
+
+def upgrade(connection: Connection, target: str = "head") -> None:
+    """Run the migrations inside the transaction of `connection`."""
+    from alembic import command  # here, because it is slow to import and seldom needed
+    from alembic.config import Config
+
+    config = Config()       # no file
+    config.set_main_option("script_location", str(Path(__file__).with_name("migrations")).replace("%", "%%"))
+    config.set_main_option("path_separator", "os")
+    config.attributes["connection"] = connection
+    command.upgrade(config, target)
+
+
+def _version(connection: Connection) -> str | None:
+    """The schema version; None for an empty database."""
+    if connection.dialect.name == "sqlite":
+        tables = {row[0] for row in connection.execute(text("SELECT name FROM sqlite_schema WHERE type = 'table'"))}
+    else:
+        tables = set(connection.dialect.get_table_names(connection))
+    if not tables:
+        return None
+    if "alembic_version" not in tables:
+        raise StoreUnavailable("the store file holds something else than a store")
+    version = connection.execute(text("SELECT version_num FROM alembic_version")).scalar()
+    if version is not None and version not in REVISIONS:
+        raise StoreUnavailable(
+            "the store was made by a newer version of malote",
+            hint=f"install that version again (schema {version}; this one knows {CURRENT}), or restore a copy of the store")
+    return version
+
+
+def _keep_copy(file: Path, version: str) -> None:
+    """The store as it is, beside it. The caller holds the write lock, so nothing changes meanwhile."""
+    target = file.with_name(f"{file.name}.before-{version}")
+    draft = file.with_name(f"{file.name}.copying")
+    draft.unlink(missing_ok=True)
+    os.close(os.open(draft, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600))
+    source = sqlite3.connect(f"{file.absolute().as_uri()}?mode=ro", uri=True)
+    copy = sqlite3.connect(draft)
+    try:
+        source.backup(copy)
+    finally:
+        copy.close()
+        source.close()
+    with draft.open("rb") as written:
+        os.fsync(written.fileno())
+    draft.replace(target)

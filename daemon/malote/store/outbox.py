@@ -1,0 +1,158 @@
+"""Outgoing mail: serial numbers and the journal of what may have been sent (docs/format.md, Sender; RFC 1047).
+
+`begin_send` is committed before any final dot leaves: a number once given out is never given out again, and a part that may
+have been accepted is written down as in doubt. All in functions of a `Db`, run by the writer.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping
+
+from sqlalchemy import and_, bindparam, delete, select, tuple_, update
+from sqlalchemy.dialects.postgresql import insert
+
+from malote.errors import ClockWrong
+from malote.store.database import Db, Row
+from malote.store.records import Outcome, SendIntent, SendPlan, SendRecipient, SendRow, SendState
+from malote.store.schema import Statement, device, journal, serial
+
+DAY_MS = 86_400_000
+BUILD_DATE_MS = 1_795_392_000_000   # 2026-11-23: a clock before the time this was written is wrong; raised at each release
+
+_FIND = Statement(select(
+    journal.c.recipient, journal.c.state, journal.c.submission_id, journal.c.first_at_ms,
+    journal.c.stream, journal.c.serial, journal.c.prev, journal.c.reply,
+).where(journal.c.key == bindparam("key")))
+_WRITE = Statement(insert(journal).values({column: bindparam(column) for column in (
+    "key", "recipient", "state", "submission_id", "first_at_ms", "changed_at_ms", "stream", "serial", "prev",
+)}).on_conflict_do_update(index_elements=["key", "recipient"], set_={
+    "state": bindparam("state"), "changed_at_ms": bindparam("changed_at_ms"), "stream": bindparam("stream"),
+    "serial": bindparam("serial"), "prev": bindparam("prev"),
+}))
+_OUR_ROW = and_(journal.c.key == bindparam("at_key"), journal.c.recipient == bindparam("at_recipient"))
+_FINISH = Statement(update(journal).where(_OUR_ROW, journal.c.submission_id == bindparam("at_submission")).values(
+    state=bindparam("state"), reply=bindparam("reply"), changed_at_ms=bindparam("changed_at_ms")))
+_UNDO = Statement(delete(journal).where(_OUR_ROW, journal.c.submission_id == bindparam("at_submission")))
+_FORGET = Statement(delete(journal).where(
+    _OUR_ROW, journal.c.submission_id == bindparam("at_submission"), journal.c.state != int(SendState.IN_DOUBT)))
+_EXPIRE = Statement(delete(journal).where(tuple_(journal.c.key, journal.c.recipient).in_(
+    select(journal.c.key, journal.c.recipient).where(journal.c.changed_at_ms < bindparam("before_ms")).limit(1000))))
+_DROP_DEVICES = Statement(delete(device))
+
+_DEVICE = Statement(select(device.c.stream, device.c.last_sent_ms).where(
+    device.c.address == bindparam("at_address"), device.c.skid == bindparam("at_skid")))
+_NEW_DEVICE = Statement(insert(device).values({column: bindparam(column) for column in (
+    "address", "skid", "stream", "last_sent_ms")}).on_conflict_do_nothing())
+_SENT = Statement(update(device).where(
+    device.c.address == bindparam("at_address"), device.c.skid == bindparam("at_skid"),
+).values(last_sent_ms=bindparam("last_sent_ms")))
+_NEXT = Statement(insert(serial).values(
+    stream=bindparam("stream"), recipient=bindparam("recipient"), last=1, accepted=0,
+).on_conflict_do_update(index_elements=["stream", "recipient"], set_={"last": serial.c.last + 1},
+).returning(serial.c.last, serial.c.accepted))
+_ACCEPTED = Statement(update(serial).where(
+    serial.c.stream == bindparam("at_stream"), serial.c.recipient == bindparam("at_recipient"),
+    serial.c.accepted < bindparam("accepted"),
+).values(accepted=bindparam("accepted")))
+
+
+def journal_key(intent: SendIntent) -> bytes:
+    """Names (login, sender, hash of the original) in 32 bytes; each part is preceded by its length."""
+    digest = hashlib.sha256()
+    for part in (intent.login.encode(), intent.sender.encode(), intent.journal_hash):
+        digest.update(len(part).to_bytes(4, "big") + part)
+    return digest.digest()
+
+
+def begin_send(db: Db, intent: SendIntent) -> SendPlan:
+    """Numbers for every recipient that was not accepted before, and their rows "in doubt". Raises `ClockWrong`."""
+    key = journal_key(intent)
+    if intent.now_ms < BUILD_DATE_MS:
+        raise ClockWrong("the clock of this machine is before this version was made")
+    known: dict[str, Row] = {row[0]: row for row in db.rows(_FIND, {"key": key})}
+    submission_id, first_at_ms = os.urandom(16), intent.now_ms
+    if known:
+        _, _, submission_id, first_at_ms, *_ = min(known.values(), key=lambda row: (row[3], row[2]))
+    stream, sent_at_ms = b"", intent.now_ms
+    if any(recipient.sealed for recipient in intent.recipients):
+        stream, sent_at_ms = _stamp(db, intent)
+    rows = [_plan_row(db, recipient, known.get(recipient.address), stream) for recipient in intent.recipients]
+    db.many(_WRITE, [{
+        "key": key, "recipient": row.address, "state": int(SendState.IN_DOUBT), "submission_id": submission_id,
+        "first_at_ms": first_at_ms, "changed_at_ms": intent.now_ms, "stream": row.stream or None, "serial": row.serial,
+        "prev": row.prev,
+    } for row in rows if row.state is not SendState.ACCEPTED])
+    return SendPlan(key, submission_id, first_at_ms, sent_at_ms, tuple(rows))
+
+
+def _stamp(db: Db, intent: SendIntent) -> tuple[bytes, int]:
+    """Our numbering for this identity, and a signed time after every earlier one of it."""
+    at = {"at_address": intent.sender, "at_skid": intent.skid}
+    found = db.row(_DEVICE, at)
+    if found is None:
+        db.run(_NEW_DEVICE, {"address": intent.sender, "skid": intent.skid, "stream": os.urandom(8), "last_sent_ms": 0})
+        found = db.row(_DEVICE, at)
+    assert found is not None    # noqa: S101 -- inserted above or by another process
+    stream, last_sent_ms = found
+    if intent.now_ms < last_sent_ms - DAY_MS:
+        raise ClockWrong("the clock of this machine is more than a day before the last message that it signed")
+    sent_at_ms: int = max(intent.now_ms, last_sent_ms + 1)
+    db.run(_SENT, at | {"last_sent_ms": sent_at_ms})
+    return stream, sent_at_ms
+
+
+def _plan_row(db: Db, recipient: SendRecipient, known: Row | None, stream: bytes) -> SendRow:
+    state, reply = SendState.NEW, ""
+    if known is not None:
+        _, number, _, _, old_stream, old_serial, old_prev, reply = known
+        state = SendState(number)
+        if state is SendState.ACCEPTED or (recipient.sealed and old_stream is not None):
+            # the same numbers again: at the receiver the two are one message, whichever of them arrived
+            return SendRow(recipient.address, state, old_stream is not None, old_stream or b"", old_serial, old_prev, reply)
+    if not recipient.sealed:
+        return SendRow(recipient.address, state, False, b"", 0, 0, reply)
+    given = db.row(_NEXT, {"stream": stream, "recipient": recipient.address})
+    assert given is not None    # noqa: S101 -- INSERT ... DO UPDATE ... RETURNING always gives a row
+    return SendRow(recipient.address, state, True, stream, given[0], given[1], reply)
+
+
+def finish_send(db: Db, plan: SendPlan, outcomes: Mapping[str, tuple[Outcome, str]], now_ms: int) -> None:
+    """Write down what became of each part; recipients not in `outcomes` stay in doubt.
+
+    UNSENT takes back what `begin_send` wrote: a part in doubt since an earlier attempt stays in doubt, a new one is gone and
+    its number burnt (the next `prev` skips it, so the receiver misses nothing).
+    """
+    finished, undone, accepted = [], [], []
+    for row in plan.rows:
+        outcome, reply = outcomes.get(row.address, (Outcome.IN_DOUBT, ""))
+        if row.state is SendState.ACCEPTED or outcome is Outcome.IN_DOUBT:
+            continue
+        at = {"at_key": plan.key, "at_recipient": row.address, "at_submission": plan.submission_id}
+        if outcome is Outcome.UNSENT and row.state is SendState.NEW:
+            undone.append(at)
+            continue
+        state = {Outcome.ACCEPTED: SendState.ACCEPTED, Outcome.REFUSED: SendState.REFUSED}.get(outcome, row.state)
+        finished.append(at | {"state": int(state), "reply": reply or row.reply, "changed_at_ms": now_ms})
+        if outcome is Outcome.ACCEPTED and row.sealed:
+            accepted.append({"at_stream": row.stream, "at_recipient": row.address, "accepted": row.serial})
+    db.many(_FINISH, finished)
+    db.many(_UNDO, undone)
+    db.many(_ACCEPTED, accepted)
+
+
+def forget_send(db: Db, plan: SendPlan) -> None:
+    """The client has read our reply: the same bytes again are a new message. What is in doubt stays."""
+    at = {"at_key": plan.key, "at_submission": plan.submission_id}
+    db.many(_FORGET, [at | {"at_recipient": row.address} for row in plan.rows])
+
+
+def expire_journal(db: Db, before_ms: int) -> int:
+    """Drop up to 1,000 rows untouched since `before_ms`; returns how many."""
+    return db.run(_EXPIRE, {"before_ms": before_ms})
+
+
+def renew_streams(db: Db) -> None:
+    """New numberings for every identity: this store may be a copy of one that is in use elsewhere."""
+    db.run(_DROP_DEVICES, {})

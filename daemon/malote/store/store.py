@@ -1,0 +1,329 @@
+"""What must survive: identities, cards, serial numbers, journal and seen state, behind one asynchronous object."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+import time
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import TypeVar
+
+from malote.core.freshness import Arrival, Claim, FreshnessLimits
+from malote.core.primitives import hmac_sha256
+from malote.errors import StoreUnavailable
+from malote.store import accounts, cards, outbox, seen
+from malote.store.database import Db, check_place, make_engine, unavailable
+from malote.store.migrate import bring_up_to_date, check_version
+from malote.store.records import (
+    Attempt,
+    CardRecord,
+    FolderState,
+    Level,
+    LockedIdentity,
+    Outcome,
+    OutcomeEntry,
+    PastCard,
+    SendIntent,
+    SendPlan,
+    Stored,
+)
+from malote.store.writer import Writer
+
+DAY_MS = 86_400_000
+CARD_CHECK_SECONDS = 0.5    # how old the cache of cards may be when another process changes one: seen within a second
+MACHINE_ID = Path("/etc/machine-id")
+
+log = logging.getLogger("malote.store")
+T = TypeVar("T")
+
+
+class Store:
+    """Open one with `await Store.open(directory)`. All methods may be called from several tasks at once.
+
+    Every method raises `StoreUnavailable` while the database is full, locked, read-only or damaged; nothing of that operation
+    was then done, and the next call tries anew.
+    """
+
+    def __init__(self, writer: Writer, keys: Mapping[str, bytes]) -> None:
+        self._writer = writer
+        self._keys = dict(keys)
+        self._cache = cards.CardCache()
+        self._checked_at = 0.0
+
+    @classmethod
+    async def open(cls, place: str | Path, *, readonly: bool = False, machine_id: bytes | None = None) -> Store:
+        """Open the store in the directory `place` (or `sqlite:///DIRECTORY`), made and migrated if need be.
+
+        `machine_id` is this machine's; the default is that of the operating system. A store that finds itself on another
+        machine than before begins new numberings and calls nothing FRESH that was sent before.
+        """
+        directory = _directory(place)
+        try:
+            file = await asyncio.to_thread(check_place, directory)
+            engine = make_engine(file, readonly=readonly)
+            await (asyncio.to_thread(check_version, engine) if readonly else asyncio.to_thread(bring_up_to_date, engine, file))
+            writer = Writer(engine, name="malote-store")
+        except StoreUnavailable:
+            raise
+        except Exception as error:
+            raise unavailable(error) from error
+        try:
+            if readonly:
+                return cls(writer, {})
+            own_id = _machine_id() if machine_id is None else machine_id
+            now_ms = time.time_ns() // 1_000_000
+            keys = await writer.write(lambda db: _prepare(db, own_id, now_ms))
+        except BaseException:
+            await writer.close()
+            raise
+        return cls(writer, keys)
+
+    async def close(self) -> None:
+        """Write what is waiting and close the file."""
+        await self._writer.close()
+
+    async def flush(self) -> None:
+        """Return when everything submitted before is written, also what nobody waits for."""
+        await self._writer.write(lambda _db: None)
+
+    # ---- cards and identities --------------------------------------------------------------------------------------------
+
+    async def card(self, address: str) -> CardRecord | None:
+        """The card held for exactly this address, or "@domain"."""
+        return (await self.cards((address,))).get(address)
+
+    async def cards(self, addresses: Iterable[str]) -> dict[str, CardRecord]:
+        """The cards held for these addresses; those without one are left out."""
+        return {address: record for address, (record, _) in (await self._look_up(addresses)).items() if record is not None}
+
+    async def had_card(self, addresses: Iterable[str]) -> set[str]:
+        """Those of the addresses for which a card is or ever was held."""
+        return {address for address, (_, had) in (await self._look_up(addresses)).items() if had}
+
+    async def put_card(
+        self, address: str, card_raw: bytes, skid: bytes, *, level: Level, evidence: str, now_ms: int, succession: bool,
+    ) -> CardRecord:
+        """Hold this card from now on. `succession`: the card held before signed it, so the pin time stays.
+
+        Whether the card may be taken is for the caller (`core.card.check_succession`). A weaker level never replaces a
+        stronger one of the same line of keys.
+        """
+        def put(db: Db) -> CardRecord:
+            old = cards.find_card(db, address)
+            same_line = old is not None and (succession or old.skid == skid)
+            pinned_at_ms, kept = (old.pinned_at_ms, old.level) if old is not None and same_line else (now_ms, level)
+            record = CardRecord(address, card_raw, hashlib.sha256(card_raw).digest(), skid, max(kept, level, key=_rank), evidence,
+                                pinned_at_ms, now_ms)
+            cards.put_card(db, record)
+            return record
+        return await self._change(put)
+
+    async def remove_card(self, address: str) -> bool:
+        """False: there was none."""
+        return await self._change(lambda db: cards.remove_card(db, address))
+
+    async def list_cards(self) -> list[CardRecord]:
+        return await self._writer.read(cards.list_cards)
+
+    async def past_cards(self, address: str) -> list[PastCard]:
+        """Every card ever held for this address, oldest first."""
+        return await self._writer.read(lambda db: cards.past_cards(db, address))
+
+    async def identities(self) -> list[LockedIdentity]:
+        return await self._writer.read(cards.list_identities)
+
+    async def put_identity(self, identity: LockedIdentity) -> None:
+        """Hold this identity in the place of one of the same address."""
+        await self._change(lambda db: cards.put_identity(db, identity))
+
+    async def remove_identity(self, address: str) -> bool:
+        """False: there was none."""
+        return await self._change(lambda db: cards.remove_identity(db, address))
+
+    async def change_mark(self) -> bytes:
+        """Differs whenever a card or identity was changed since, by any process: ask before using what was unlocked earlier."""
+        mark = await self._writer.read(cards.change_mark)
+        self._cache.check(mark)
+        self._checked_at = time.monotonic()
+        return mark
+
+    async def keyring_header(self) -> bytes | None:
+        """Salt and cost of the passphrase; None before the first identity."""
+        return await self._writer.read(lambda db: cards.find_meta(db, "keyring"))
+
+    async def set_keyring(self, header: bytes, identities: Iterable[LockedIdentity] = ()) -> None:
+        """A new passphrase: its header, and the identities locked under it, in one transaction."""
+        records = tuple(identities)
+
+        def put(db: Db) -> None:
+            cards.put_meta(db, "keyring", header)
+            for record in records:
+                cards.put_identity(db, record)
+        await self._change(put)
+
+    async def local_key(self, name: str) -> bytes:
+        """32 random bytes that only this store has, made once for each name."""
+        if name not in self._keys:
+            self._keys[name] = await self._writer.write(lambda db: cards.local_key(db, name))
+        return self._keys[name]
+
+    # ---- outgoing --------------------------------------------------------------------------------------------------------
+
+    async def begin_send(self, intent: SendIntent) -> SendPlan:
+        """Serials and "in doubt" rows, durable when this returns; only then may anything be sealed or sent.
+
+        Raises `ClockWrong`.
+        """
+        return await self._writer.write(lambda db: outbox.begin_send(db, intent))
+
+    async def finish_send(self, plan: SendPlan, outcomes: Mapping[str, tuple[Outcome, str]], now_ms: int) -> None:
+        """Outcome and the upstream's reply for each recipient; those left out stay in doubt. Durable when this returns."""
+        await self._writer.write(lambda db: outbox.finish_send(db, plan, outcomes, now_ms))
+
+    def forget_send(self, plan: SendPlan) -> None:
+        """The client has proved that it read our reply: the same bytes again are a new message. Not waited for, but before
+        every `begin_send` that is called later."""
+        self._writer.later(lambda db: outbox.forget_send(db, plan))
+
+    def remember_outer_id(self, inner_id: str, outer_id: str, now_ms: int) -> None:
+        """The Message-ID of a sealed message, as others see it. Not waited for."""
+        mark = self._outer_mark(inner_id)
+        self._writer.later(lambda db: accounts.remember_outer_id(db, mark, outer_id, now_ms))
+
+    async def outer_ids(self, inner_ids: Iterable[str]) -> dict[str, str]:
+        """Inner Message-ID to outer, where known."""
+        marks = {inner_id: self._outer_mark(inner_id) for inner_id in inner_ids}
+        return await self._writer.read(lambda db: accounts.outer_ids(db, marks)) if marks else {}
+
+    # ---- incoming --------------------------------------------------------------------------------------------------------
+
+    async def judge(self, claim: Claim, arrival: Arrival, limits: FreshnessLimits) -> Stored:
+        """The verdict, written down with `delivered = no` when this returns. Deliver, then `mark_delivered`."""
+        key = self._key("seen")
+        return await self._writer.write(lambda db: seen.judge(db, key, claim, arrival, limits))
+
+    async def record_foreign(self, claim: Claim, arrival: Arrival, limits: FreshnessLimits) -> Stored:
+        """A message that another device opened: remembered as delivered."""
+        key = self._key("seen")
+        return await self._writer.write(lambda db: seen.judge(db, key, claim, arrival, limits, foreign=True))
+
+    async def mark_delivered(self, row_id: int) -> None:
+        await self._writer.write(lambda db: seen.mark_delivered(db, row_id))
+
+    async def distrust(self, before_ms: int, *, recipient: str = "", sender: str = "") -> None:
+        """Nothing sent at or before that time is FRESH any more; "" stands for every recipient, every sender."""
+        await self._writer.write(lambda db: seen.add_distrust(db, before_ms, recipient, sender))
+
+    async def folder_state(self, account: str, folder: str) -> FolderState | None:
+        return await self._writer.read(lambda db: accounts.folder_state(db, account, folder))
+
+    async def set_folder_state(self, account: str, folder: str, state: FolderState) -> None:
+        await self._writer.write(lambda db: accounts.set_folder_state(db, account, folder, state))
+
+    async def attempts(self, account: str, folder: str) -> list[Attempt]:
+        return await self._writer.read(lambda db: accounts.attempts(db, account, folder))
+
+    async def put_attempt(self, attempt: Attempt, now_ms: int) -> None:
+        await self._writer.write(lambda db: accounts.put_attempt(db, attempt, now_ms))
+
+    async def clear_attempt(self, account: str, folder: str, uidvalidity: int, uid: int) -> None:
+        await self._writer.write(lambda db: accounts.clear_attempt(db, account, folder, uidvalidity, uid))
+
+    # ---- log and upkeep --------------------------------------------------------------------------------------------------
+
+    def log_outcome(self, entry: OutcomeEntry) -> None:
+        """One line for `malote log`. Not waited for."""
+        self._writer.later(lambda db: accounts.log_outcomes(db, (entry,)))
+
+    async def recent_outcomes(self, limit: int = 100) -> list[OutcomeEntry]:
+        """Newest first."""
+        return await self._writer.read(lambda db: accounts.recent_outcomes(db, limit))
+
+    async def expire_journal(self, now_ms: int, retry_memory_hours: int = 24) -> int:
+        """Drop journal rows that no retry touched for that long; returns how many."""
+        before_ms = now_ms - retry_memory_hours * 3_600_000
+        return await self._in_pieces(lambda db: outbox.expire_journal(db, before_ms))
+
+    async def expire(self, now_ms: int, remember_days: int = 400, *, late_days: int = 7, log_days: int = 400) -> None:
+        """Drop what is too old. Seen rows are kept twice the lateness window at least: a later repeat is LATE by its time."""
+        before_ms = now_ms - max(remember_days, 2 * late_days) * DAY_MS
+        await self._in_pieces(lambda db: seen.expire_seen(db, before_ms))
+        await self._writer.write(lambda db: accounts.expire_rest(db, now_ms - log_days * DAY_MS))
+
+    # ---- inside ----------------------------------------------------------------------------------------------------------
+
+    async def _look_up(self, addresses: Iterable[str]) -> dict[str, tuple[CardRecord | None, bool]]:
+        wanted = tuple(addresses)
+        if time.monotonic() - self._checked_at > CARD_CHECK_SECONDS:
+            await self.change_mark()
+        found = {address: known for address in wanted if (known := self._cache.get(address)) is not None}
+        missing = [address for address in wanted if address not in found]
+        if not missing:
+            return found
+
+        def read(db: Db) -> tuple[bytes, list[tuple[str, CardRecord | None, bool]]]:
+            return cards.change_mark(db), [(at, cards.find_card(db, at), cards.had_card(db, at)) for at in missing]
+        mark, entries = await self._writer.read(read)
+        self._cache.fill(mark, entries)
+        return found | {address: (record, had) for address, record, had in entries}
+
+    async def _in_pieces(self, operation: Callable[[Db], int]) -> int:
+        """Until it changes nothing more; others write in between. Returns the sum."""
+        total = 0
+        while changed := await self._writer.write(operation):
+            total += changed
+        return total
+
+    async def _change(self, operation: Callable[[Db], T]) -> T:
+        result = await self._writer.write(operation)
+        self._checked_at = 0.0      # the next look-up asks for the change mark
+        return result
+
+    def _key(self, name: str) -> bytes:
+        try:
+            return self._keys[name]
+        except KeyError:
+            raise StoreUnavailable("the store was opened for reading only") from None
+
+    def _outer_mark(self, inner_id: str) -> bytes:
+        return hmac_sha256(self._key("outer"), inner_id.encode("utf-8", "surrogateescape"))
+
+
+def _rank(level: Level) -> int:
+    return list(Level).index(level)
+
+
+def _prepare(db: Db, machine_id: bytes, now_ms: int) -> dict[str, bytes]:
+    """The keys every store has, and the check that this is the machine that it was on."""
+    keys = {name: cards.local_key(db, name) for name in ("journal", "seen", "outer", "host")}
+    if machine_id:
+        host = hmac_sha256(keys["host"], machine_id)
+        known = cards.find_meta(db, "host")
+        if known != host:
+            cards.put_meta(db, "host", host)
+        if known is not None and known != host:
+            log.warning("the store comes from another machine: new numberings begin, mail sent before now is not called fresh")
+            outbox.renew_streams(db)
+            seen.add_distrust(db, now_ms, "", "")
+    return keys
+
+
+def _machine_id() -> bytes:
+    """b"" where there is none: then a store that moved is not noticed."""
+    try:
+        return MACHINE_ID.read_bytes().strip()
+    except OSError:
+        return b""
+
+
+def _directory(place: str | Path) -> Path:
+    if isinstance(place, Path):
+        return place
+    scheme, mark, rest = place.partition("://")
+    if not mark:
+        return Path(place)
+    if scheme != "sqlite" or not rest.startswith("/"):
+        raise StoreUnavailable("the store is a directory, or sqlite:///DIRECTORY")
+    return Path(rest[1:])

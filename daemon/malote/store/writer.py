@@ -1,0 +1,213 @@
+"""One thread that owns the database connection and puts everything that is waiting into one transaction (group commit).
+
+A caller's future is resolved only after COMMIT: durability is for each message, the fsync is shared. An operation is a function
+of a `Db`; it may be run twice, so it has no effect but on the database.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import queue
+import sqlite3
+import threading
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from sqlalchemy import Connection, Engine
+from sqlalchemy.exc import IntegrityError, OperationalError, SQLAlchemyError
+
+from malote.errors import StoreUnavailable
+from malote.store.database import Db, unavailable
+
+T = TypeVar("T")
+Operation = Callable[[Db], T]
+
+MAX_BATCH = 256             # operations in one commit: bounds how long the first waits for the last
+MAX_LAZY = 20_000           # operations nobody waits for, kept while the store is unavailable; then the oldest are dropped
+LAZY_SECONDS = 0.5          # how long such an operation waits for company
+
+log = logging.getLogger("malote.store")
+
+
+@dataclass(slots=True)
+class _Job:
+    operation: Operation[Any]
+    future: asyncio.Future[Any] | None      # None: nobody waits (lazy)
+    loop: asyncio.AbstractEventLoop | None
+    write: bool
+    result: Any = None
+    error: BaseException | None = None
+
+
+class Writer:
+    """Runs operations in order of arrival. `start` opens the connection; errors of the database never end the thread."""
+
+    def __init__(self, engine: Engine, *, name: str) -> None:
+        self._engine = engine
+        self._connection: Connection | None = None
+        self._queue: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._lazy: deque[_Job] = deque()
+        self._closed = False
+        self._thread = threading.Thread(target=self._main, name=name, daemon=True)
+        self._thread.start()
+
+    async def write(self, operation: Operation[T]) -> T:
+        """Run in a transaction that is committed, with others, when this returns. Raises what the operation raises (it alone
+        is then undone) or `StoreUnavailable`. A cancelled caller does not cancel the operation."""
+        return await self._submit(operation, write=True)
+
+    async def read(self, operation: Operation[T]) -> T:
+        """Run in a transaction that changes nothing; works also while the store is full or locked for writing."""
+        return await self._submit(operation, write=False)
+
+    def later(self, operation: Operation[object]) -> None:
+        """Run with the next commit, or within half a second. For what may be lost in a crash; an outage is waited for."""
+        self._refuse_closed()
+        self._lazy.append(_Job(operation, None, None, write=True))
+        while len(self._lazy) > MAX_LAZY:
+            self._lazy.popleft()
+
+    async def close(self) -> None:
+        """Finish what was submitted, then close the connection."""
+        if not self._closed:
+            self._closed = True
+            self._queue.put(None)
+        await asyncio.to_thread(self._thread.join)
+
+    async def _submit(self, operation: Operation[T], *, write: bool) -> T:
+        self._refuse_closed()
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[T] = loop.create_future()
+        self._queue.put(_Job(operation, future, loop, write))
+        return await future
+
+    def _refuse_closed(self) -> None:
+        if self._closed:
+            raise StoreUnavailable("the store is closed")
+
+    # ---- everything below runs in the thread -----------------------------------------------------------------------------
+
+    def _main(self) -> None:
+        going = True
+        while going:
+            jobs, going = self._collect()
+            writes = [job for job in jobs if job.write]
+            reads = [job for job in jobs if not job.write]
+            if writes:
+                self._run(writes, write=True)
+            if reads:       # after the writes: who reads sees what was submitted before
+                self._run(reads, write=False)
+            self._settle(jobs)
+        self._drop_connection()
+        self._engine.dispose()
+
+    def _collect(self) -> tuple[list[_Job], bool]:
+        """What is waiting now, lazy operations first. False: this is the last round."""
+        jobs: list[_Job] = []
+        going = True
+        try:
+            first = self._queue.get(timeout=LAZY_SECONDS)
+            while first is not None and len(jobs) < MAX_BATCH - 1:
+                jobs.append(first)
+                first = self._queue.get_nowait()
+            if first is None:
+                going = False
+            else:
+                jobs.append(first)
+        except queue.Empty:
+            pass
+        lazy: list[_Job] = []
+        while self._lazy and len(lazy) < 4 * MAX_BATCH:
+            lazy.append(self._lazy.popleft())
+        return lazy + jobs, going
+
+    def _run(self, jobs: list[_Job], *, write: bool) -> None:
+        """One transaction for all; if one fails, all again with a savepoint each, so that it fails alone."""
+        try:
+            if not self._attempt(jobs, write=write, apart=False):
+                self._attempt(jobs, write=write, apart=True)
+        except Exception as error:      # noqa: BLE001 -- full, locked, read-only, I/O: for everybody in the transaction
+            log.warning("store transaction failed: %s", type(getattr(error, "orig", None) or error).__name__)
+            self._drop_connection()
+            for job in jobs:
+                job.error = error
+
+    def _attempt(self, jobs: list[_Job], *, write: bool, apart: bool) -> bool:
+        """True: committed. False: an operation failed, nothing was written. Raises for a failure of the database itself."""
+        connection = self._connect().execution_options(malote_read=not write)
+        with connection.begin() as transaction:
+            db = Db(connection)
+            for job in jobs:
+                job.error = None
+                try:
+                    if apart:
+                        with connection.begin_nested():
+                            job.result = job.operation(db)
+                    else:
+                        job.result = job.operation(db)
+                except Exception as error:
+                    if is_outage(error, db):
+                        raise
+                    if not apart:
+                        transaction.rollback()
+                        return False
+                    job.error = error
+        return True
+
+    def _connect(self) -> Connection:
+        if self._connection is None:
+            self._connection = self._engine.connect()
+        return self._connection
+
+    def _drop_connection(self) -> None:
+        """The next transaction opens the file anew: this is how the store recovers by itself."""
+        connection, self._connection = self._connection, None
+        if connection is None:
+            return
+        try:
+            connection.close()
+        except Exception as error:      # noqa: BLE001 -- it failed before; what counts is that it is gone
+            log.warning("store connection closed with an error: %s", type(error).__name__)
+
+    def _settle(self, jobs: list[_Job]) -> None:
+        by_loop: dict[asyncio.AbstractEventLoop, list[_Job]] = {}
+        for job in reversed(jobs):
+            if job.loop is not None:
+                by_loop.setdefault(job.loop, []).append(job)
+            elif job.error is not None and is_outage(job.error, None) and not self._closed:
+                self._lazy.appendleft(job)
+            elif job.error is not None:
+                log.warning("store operation dropped: %s", type(job.error).__name__)
+        for loop, own in by_loop.items():
+            own.reverse()
+            try:
+                loop.call_soon_threadsafe(_resolve, own)
+            except RuntimeError:        # the loop is closed: nobody waits any more
+                log.debug("%d results came after their event loop was closed", len(own))
+
+
+def is_outage(error: BaseException, db: Db | None) -> bool:
+    """Whether the database failed, not the one operation. SQLite may then have undone the whole transaction by itself."""
+    if db is not None and db.driver is not None and not db.driver.in_transaction:
+        return True
+    if isinstance(error, sqlite3.IntegrityError | IntegrityError):
+        return False
+    return isinstance(error, sqlite3.OperationalError | sqlite3.DatabaseError | OperationalError)
+
+
+def _resolve(jobs: list[_Job]) -> None:
+    for job in jobs:
+        future = job.future
+        if future is None or future.done():     # done: its caller was cancelled
+            continue
+        if job.error is None:
+            future.set_result(job.result)
+        else:
+            future.set_exception(unavailable(job.error) if _is_foreign(job.error) else job.error)
+
+
+def _is_foreign(error: BaseException) -> bool:
+    return isinstance(error, sqlite3.Error | SQLAlchemyError)
