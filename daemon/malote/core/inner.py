@@ -38,8 +38,8 @@ def _message_id(fields: list[Field]) -> str:
 
 
 def _from_address(fields: list[Field]) -> str | None:
-    """The one mailbox of the one From field, if every line of the header is a field and holds no odd line end."""
-    if any(not field.name or _ODD.search(field.raw) for field in fields):
+    """The one mailbox of the one From field, if no line of the header holds an odd line end."""
+    if any(_ODD.search(field.raw) for field in fields):
         return None
     values = [field.raw_value for field in fields if field.name == "from"]
     if len(values) != 1:

@@ -9,13 +9,13 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from enum import StrEnum
 
 from malote.core import payload, primitives
 from malote.core.address import is_gateway
 from malote.core.blob import BlobContent, KeyBlob, parse_key_blob, unwrap_session_key
 from malote.core.card import Card
 from malote.core.fold import MAX_SIZE, MAX_TABLE_BYTES, unfold
+from malote.core.freshness import Claim, SignatureState
 from malote.core.inner import read_inner
 from malote.core.keys import DecryptionKey
 from malote.core.manifest import Manifest, belongs_to, parse_manifest
@@ -28,13 +28,6 @@ MAX_PAYLOADS = 8            # sealed parts tried in one message
 
 # Header fields that are compared with what the sender put outside; others come and go on the way.
 _COMPARED = ("From", "To", "Cc", "Reply-To", "Subject", "Date", "Message-ID", "In-Reply-To", "References")
-
-
-class SignatureState(StrEnum):
-    VALID = "valid"
-    UNKNOWN_SENDER = "unknown-sender"   # no card for who it claims to be from
-    BAD = "bad"                         # not by the key of the card, or not what was signed
-    REVOKED = "revoked"                 # by a key that was revoked, or had expired, when it was signed
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,13 +73,24 @@ class Opened:
     """The original, and what is proven about it."""
 
     unsealed: Unsealed
-    signature: SignatureState
-    addressed: bool             # meant for us by the sender, and its From is who sealed it
+    signature: SignatureState   # "valid" only by the key of the card that was given, exactly as that card says
+    from_matches: bool          # the original has one From mailbox, and it is who sealed it
+    addressed: bool             # from_matches, and the sender listed our blob with our key and address
     original: bytes = field(repr=False)
 
     @property
     def manifest(self) -> Manifest:
         return self.unsealed.manifest
+
+    def claim(self, recipient: str) -> Claim:
+        """What freshness judges; `recipient` is the account, or the envelope recipient at the listener."""
+        unsealed, manifest = self.unsealed, self.manifest
+        return Claim(
+            recipient=recipient, sender=manifest.sender, manifest_id=manifest.id, skid=manifest.skid, stream=unsealed.stream,
+            serial=unsealed.serial, prev=unsealed.prev, sent_at_ms=manifest.sent_at_ms, expires_at_ms=manifest.expires_at_ms,
+            payload_digest=unsealed.payload_digest, original_sha512=manifest.sha512, signature=self.signature,
+            addressed=self.addressed, from_matches=self.from_matches,
+        )
 
     @property
     def outer_differences(self) -> tuple[OuterDifference, ...]:
@@ -256,30 +260,33 @@ def authenticate(unsealed: Unsealed, card: Card | None, *, revoked_at_ms: int | 
 
     `revoked_at_ms`: since when the card's signing key counts as revoked.
     """
+    from_matches = unsealed._from_address == unsealed.manifest.sender
     return Opened(
         unsealed=unsealed,
         signature=_decide_signature(unsealed, card, revoked_at_ms),
-        addressed=unsealed._listed and unsealed._from_address == unsealed.manifest.sender,
+        from_matches=from_matches,
+        addressed=unsealed._listed and from_matches,
         original=unsealed._original,
     )
 
 
 def _decide_signature(unsealed: Unsealed, card: Card | None, revoked_at_ms: int | None) -> SignatureState:
+    """docs/format.md 6.5: the signature is the card's, whole, and the card speaks for the sender."""
     manifest = unsealed.manifest
     if card is None:
-        return SignatureState.UNKNOWN_SENDER
+        return "unknown-sender"
     if (
         card.verify.id != manifest.skid
         or not belongs_to(manifest.sender, card.address)
         or is_gateway(card.address) != (manifest.scope == "gateway")
     ):
-        return SignatureState.BAD
+        return "bad"
     try:
         card.verify.verify(unsealed._signed, unsealed._signature)
     except (BadSignature, FormatError):
-        return SignatureState.BAD
+        return "bad"
     revoked = revoked_at_ms is not None and manifest.sent_at_ms >= revoked_at_ms
-    return SignatureState.REVOKED if revoked or manifest.sent_at_ms > card.expires_at_ms else SignatureState.VALID
+    return "revoked" if revoked or manifest.sent_at_ms > card.expires_at_ms else "valid"
 
 
 def _differences(sent: tuple[tuple[str, str], ...], found: tuple[tuple[str, str], ...]) -> Iterator[OuterDifference]:
