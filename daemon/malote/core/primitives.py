@@ -3,8 +3,9 @@
 Nothing here is negotiable and nothing takes a nonce or random source from a caller who could reuse it, but for the chunk
 functions, whose key and nonce come from `derive` and belong to one session key.
 
-Who holds the GIL (cryptography 50, measured): AES-GCM, HPKE, Ed25519 and ML-DSA all hold it, so threads do not make many small
-messages faster; Argon2id and SHA-2 (above 2 KiB) release it.
+Who holds the GIL (cryptography 50.0.2, measured as the longest stall of another thread): Ed25519 and ML-DSA sign and verify,
+AES-GCM through `encrypt_into` and `decrypt_into`, Argon2id and SHA-2 release it, so signing in threads uses every core. HPKE
+(70 to 140 us each) and the AES-GCM that returns new bytes hold it.
 """
 
 from __future__ import annotations
