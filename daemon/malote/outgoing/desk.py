@@ -38,6 +38,10 @@ class AuthOutcome:
     reply: Reply
     login: str = ""
 
+    def __post_init__(self) -> None:
+        if (self.reply.code == 235) != bool(self.login):
+            raise ValueError("235 needs a login, and only 235 has one")
+
 
 @dataclass(slots=True, eq=False)
 class ClientSession:
@@ -60,7 +64,7 @@ class ClientSession:
     async def challenge(self, text: bytes) -> bytes | None:
         """During `authenticate`: send 334 with `text` (not yet base64), return the decoded answer; None: the client gave up.
 
-        After None the desk returns any AuthOutcome; the server has already answered the client.
+        After None the desk returns any refusing AuthOutcome; the server says its own 501 instead of that reply.
         """
         if self._challenge is None:
             raise RuntimeError("challenge() outside of authenticate()")

@@ -44,11 +44,11 @@ def stuff(content: bytes | bytearray) -> bytes | bytearray:
     return content
 
 
-def clean_lines(content: bytearray, bare_line_ends: str) -> bytearray:
-    """Raises `FormatError` (550 5.6.11) for bare CR, bare LF or NUL; with "normalise" they become CRLF, and NUL is dropped."""
+def clean_lines(content: bytearray, *, normalise: bool) -> bytearray:
+    """Raises `FormatError` (550 5.6.11) for bare CR, bare LF or NUL; with `normalise` they become CRLF, and NUL is dropped."""
     pairs = content.count(b"\r\n")
     if content.count(b"\n") == pairs == content.count(b"\r") and b"\0" not in content:
         return content
-    if bare_line_ends != "normalise":
+    if not normalise:
         raise FormatError("bare CR, bare LF or NUL in the message", reply=BARE_LINE_ENDS)
     return bytearray(_BARE.sub(b"\r\n", content.replace(b"\0", b"")))

@@ -1,0 +1,150 @@
+"""Open connections of all listeners together: the limit on them, and how they end when the service stops."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import ssl
+import stat
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from malote.config import LimitsConfig, ListenerConfig
+from malote.errors import ConfigError
+from malote.outgoing.budget import MemoryBudget
+from malote.outgoing.conversation import Conversation, ServerSettings
+from malote.outgoing.desk import Desk
+from malote.outgoing.server import SubmissionServer
+
+SOCKET_MODE = 0o666     # who may connect is decided by uid and by the directory's permissions, as for /dev/log
+BACKLOG = 512
+
+
+class Connections:
+    """Every open client connection. One object for all listeners, kept over a reload."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self._open: set[Conversation] = set()
+
+    def add(self, connection: Conversation) -> bool:
+        """False: there are too many."""
+        if len(self._open) >= self.limit:
+            return False
+        self._open.add(connection)
+        return True
+
+    def discard(self, connection: Conversation) -> None:
+        self._open.discard(connection)
+
+    def __len__(self) -> int:
+        return len(self._open)
+
+    async def drain(self, seconds: float) -> int:
+        """421 to who is idle, wait for messages in flight, cut off what is left after `seconds`. Returns how many were cut off.
+
+        Does not rely on `Server.wait_closed`: it returns at once on Python 3.11 and waits for idle clients on 3.12.
+        """
+        for connection in list(self._open):
+            connection.stop()
+        tasks = {connection.task for connection in self._open if connection.task is not None}
+        if not tasks:
+            return 0
+        _, late = await asyncio.wait(tasks, timeout=seconds)
+        for connection in list(self._open):
+            if connection.task in late:
+                connection.cut_off()
+        if late:
+            await asyncio.wait(late, timeout=10)
+        return len(late)
+
+
+@dataclass(slots=True)
+class Listener:
+    """One listening socket. `desk` may be replaced while it runs: new connections get the new one."""
+
+    settings: ServerSettings
+    desk: Desk
+    connections: Connections
+    budget: MemoryBudget
+    _server: asyncio.Server | None = None
+    _path: Path | None = None
+
+    async def open(self, config: ListenerConfig) -> None:
+        """Raises `ConfigError` when the address cannot be listened on."""
+        loop = asyncio.get_running_loop()
+        factory: Callable[[], SubmissionServer] = lambda: SubmissionServer(  # noqa: E731
+            self.settings, self.desk, self.connections, self.budget)
+        try:
+            if config.socket is not None:
+                self._server = await loop.create_unix_server(factory, sock=_unix_socket(config.socket), backlog=BACKLOG)
+                self._path = config.socket
+            else:
+                self._server = await loop.create_server(factory, config.host, config.port, backlog=BACKLOG)
+        except OSError as error:
+            where = config.socket or f"{config.host} port {config.port}"
+            raise ConfigError(f"outgoing.listeners: cannot listen on {where} ({error.strerror or 'no such address'})") from error
+
+    @property
+    def addresses(self) -> list[tuple[str, int]]:
+        """Host and port of each socket; the port is the one the system chose when 0 was asked for."""
+        names = [sock.getsockname() for sock in self._server.sockets] if self._server is not None else []
+        return [(name[0], name[1]) for name in names if isinstance(name, tuple)]
+
+    def close(self) -> None:
+        """Stop listening. Open connections go on: `Connections.drain` ends them."""
+        if self._server is not None:
+            self._server.close()
+            self._server = None
+        if self._path is not None:
+            self._path.unlink(missing_ok=True)
+            self._path = None
+
+
+def _unix_socket(path: Path) -> socket.socket:
+    """Bound in the place of a socket that an earlier run left behind; of nothing else."""
+    if path.exists() or path.is_symlink():
+        if not stat.S_ISSOCK(path.lstat().st_mode):
+            raise ConfigError(f"outgoing.listeners.socket: {path} exists and is not a socket")
+        with socket.socket(socket.AF_UNIX) as probe:
+            try:
+                probe.connect(str(path))
+            except OSError:
+                path.unlink()
+            else:
+                raise ConfigError(f"outgoing.listeners.socket: something listens on {path} already")
+    sock = socket.socket(socket.AF_UNIX)
+    try:
+        sock.bind(str(path))
+        path.chmod(SOCKET_MODE)
+    except OSError:
+        sock.close()
+        raise
+    sock.setblocking(False)
+    return sock
+
+
+def server_tls_context(config: ListenerConfig) -> ssl.SSLContext | None:
+    """From `certificate` and `certificate_key`; None with tls = "none". Raises `ConfigError`."""
+    if config.tls == "none":
+        return None
+    if config.certificate is None:
+        raise ConfigError(f'outgoing.listeners.certificate: must be set with tls = "{config.tls}"')
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    try:
+        context.load_cert_chain(config.certificate, config.certificate_key)
+    except (OSError, ssl.SSLError) as error:
+        raise ConfigError("outgoing.listeners: certificate and certificate_key cannot be read, or do not match") from error
+    return context
+
+
+def server_settings(config: ListenerConfig, limits: LimitsConfig, hostname: str) -> ServerSettings:
+    """Raises `ConfigError`."""
+    return ServerSettings(
+        hostname=hostname, max_message_bytes=limits.max_message_bytes, max_recipients=limits.recipients,
+        command_seconds=limits.command_seconds, data_block_seconds=limits.data_block_seconds,
+        handler_seconds=limits.reply_within_seconds + 60, normalise=limits.bare_line_ends == "normalise",
+        tls_context=server_tls_context(config), implicit_tls=config.tls == "tls",
+    )
