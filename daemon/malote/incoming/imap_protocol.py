@@ -309,8 +309,7 @@ class MailProtocol(aioimaplib.IMAP4ClientProtocol):     # type: ignore[misc]
 
     async def _send_pieces(self, command: Exchange) -> None:
         self._sending = command
-        words = [command.tag.encode(), *([command.prefix.strip().encode()] if command.prefix else []), command.name.encode()]
-        line = b" ".join(words)
+        line = bytearray(f"{command.tag} {command.prefix or ''}{command.name}".encode())
         for piece in command.pieces:
             if isinstance(piece, bytes):
                 line += b" " + piece
@@ -320,12 +319,12 @@ class MailProtocol(aioimaplib.IMAP4ClientProtocol):     # type: ignore[misc]
             if not without_waiting:
                 command.continued = asyncio.Event()
                 self._write_now(line)
-                line = b""
+                line = bytearray()
                 if not await self._may_go_on(command):
                     return
-            line = await self._send_literal(line, piece.content)
+            line = await self._send_literal(line, piece.content, command.seconds)
         self._write_now(line + b"\r\n")
-        await self._flow(command)
+        await self._flow(command.seconds)
 
     def _literal_plus(self, size: int) -> bool:
         """RFC 7888: LITERAL+ takes any size without a go-ahead, LITERAL- up to 4096 octets."""
@@ -340,23 +339,24 @@ class MailProtocol(aioimaplib.IMAP4ClientProtocol):     # type: ignore[misc]
         command.continued = None
         return not command.done
 
-    async def _send_literal(self, line: bytes, content: bytes) -> bytes:
-        if len(content) <= WRITE_CHUNK:
-            return line + content
+    async def _send_literal(self, line: bytearray, content: bytes, seconds: float) -> bytearray:
+        """What is left to be sent: small literals go out together with what surrounds them."""
+        if len(line) + len(content) <= WRITE_CHUNK:
+            line += content
+            return line
         if line:
             self._write_now(line)
         view = memoryview(content)
         for start in range(0, len(view), WRITE_CHUNK):
             self._write_now(view[start:start + WRITE_CHUNK])
-            if not self._writable.is_set():
-                await self._wait_for(self._writable, 120.0)
-        return b""
+            await self._flow(seconds)
+        return bytearray()
 
-    async def _flow(self, command: Exchange) -> None:
+    async def _flow(self, seconds: float) -> None:
         if not self._writable.is_set():
-            await self._wait_for(self._writable, command.seconds)
+            await self._wait_for(self._writable, seconds)
 
-    def _write_now(self, data: bytes | memoryview) -> None:
+    def _write_now(self, data: bytes | bytearray | memoryview) -> None:
         if self.lost.is_set():
             raise MailboxLost(self.lost_reason)
         self.transport.write(data)
