@@ -181,8 +181,8 @@ class Prepared:
 def prepare(submitted: Bytes) -> Prepared:
     """Take the header apart, note what is to be removed, and find who speaks to whom.
 
-    Raises `FormatError` (with a text for the client) for a header with a bare CR or NUL, over the limits, beginning with a
-    continuation line, with a bad Malote-Seal, or without exactly one author; `MailLoop` above `MAX_HOPS` Received lines.
+    Raises `FormatError`, with a text for the client, for a header with a bare CR, a NUL, or a line that is no field, over the
+    limits, with a bad Malote-Seal, or without exactly one author; `MailLoop` above `MAX_HOPS` Received lines.
     """
     header = split_header(submitted)[0]
     if header.count(b"\r") != header.count(b"\r\n") or b"\0" in header:
@@ -190,6 +190,9 @@ def prepare(submitted: Bytes) -> Prepared:
     if header[:1] in (b" ", b"\t"):
         raise refusal("The header of the message begins in the middle of a field")
     fields = parse_fields(header)
+    for number, field in enumerate(fields, 1):
+        if not field.name:      # some readers end the header there and some do not: who wrote it would be up to the reader
+            raise refusal(f"Field {number} of the header of the message is not a header field")
     kept: list[Field] = []
     groups: dict[str, list[bytes]] = {}
     for field in fields:
