@@ -23,7 +23,7 @@ _NAMED = re.compile(rb"([A-Za-z0-9\-]+)(?: (.*))?", re.DOTALL)
 _LITERAL = re.compile(rb"~?\{(\d{1,10})\}$")
 # A section in the name of a FETCH item holds spaces, parentheses and quoted words: BODY[HEADER.FIELDS ("A" B)]<0>. Its length is
 # bounded, so that a line full of open brackets costs no more than its length times that bound.
-_SECTION = rb'(?:BODY|BINARY)\[(?:"(?:[^"\\]|\\.){0,200}"|[^\]"]){0,2000}\](?:<\d+>)?'
+_SECTION = rb'(?:BODY|BINARY)\[(?:"(?:[^"\\]|\\.){0,200}+"|[^\]"]){0,600}+\](?:<\d+>)?'
 _TOKEN = re.compile(rb' *(?:(\()|(\))|"((?:[^"\\]|\\.)*)"|(' + _SECTION + rb'|[^\s()"{]+))', re.IGNORECASE | re.DOTALL)
 
 
