@@ -8,7 +8,7 @@ Message-ID where missing. The body is never looked at and copied at most once.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Literal, NamedTuple
@@ -20,6 +20,8 @@ from malote.errors import FormatError, MailLoop, Reply
 MAX_HEADER_BYTES = 512 * 1024
 MAX_HEADER_FIELDS = 2000        # 50 Received, 50 ARC sets of 3 and every list header there is are below 300
 MAX_HOPS = 50                   # RFC 5321 6.3 asks for at least 100 in general; Postfix's hopcount_limit is 50
+LINE_WANTED = 78                # RFC 5322 2.1.1, without CRLF
+LINE_LIMIT = 998
 MAX_MESSAGE_ID = 900            # of RFC 5322's 998 bytes in a line, with the name before it
 
 Control = Literal["yes", "no"]
@@ -137,6 +139,28 @@ def mask(value: bytes) -> bytes:
     for start, end, comment in spans:
         out[start:end] = (b" " if comment else b"_") * (end - start)
     return bytes(out)
+
+
+def fold_field(name: str, words: Sequence[str]) -> bytes:
+    """`Name: words` with CRLF, folded between words at `LINE_WANTED`. Words are printable and not broken (RFC 5322 2.1.1, 2.2.3).
+
+    Raises `FormatError` for what is not printable (no control, no CR or LF, no U+2028) or a word that fits no line: the last
+    gate against header injection.
+    """
+    lines: list[str] = []
+    line = f"{name}:"
+    for word in words:
+        if len(line) + 1 + len(word) > LINE_WANTED and (lines or len(line) > len(name) + 1):
+            lines.append(line)
+            line = ""
+        line += f" {word}"
+    lines.append(line)
+    data = "\r\n".join(lines).encode("utf-8", "surrogatepass") + b"\r\n"
+    if not all(word.isprintable() for word in words):
+        raise refusal(f"The {name} field holds characters that no header may hold")
+    if any(len(line.encode("utf-8")) > LINE_LIMIT for line in lines):
+        raise refusal(f"The {name} field holds a word that fits no line")
+    return data
 
 
 def refusal(text: str) -> FormatError:

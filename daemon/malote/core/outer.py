@@ -15,6 +15,7 @@ from malote.core.message import (
     MAX_HOPS,
     Field,
     check_message_id,
+    fold_field,
     format_date,
     header_fields,
     mask,
@@ -27,8 +28,6 @@ from malote.core.primitives import random_bytes
 from malote.errors import FormatError, MailLoop
 
 SUBJECT = "[...]"               # RFC 9788 3.2.1
-LINE_WANTED = 78                # RFC 5322 2.1.1, without CRLF
-LINE_LIMIT = 998
 MAX_REFERENCES = 50             # known outer ids kept of a long thread: the newest; about 3 KB
 MAX_RECEIVED_BYTES = 4000       # of one Received line; the longest seen in the wild are below 1 KB
 MAX_WORD = 900                  # of a Received line: fits a line of LINE_LIMIT
@@ -123,32 +122,17 @@ def _without_comments(value: bytes) -> bytes:
 class _Builder:
     def __init__(self) -> None:
         self._fields: list[tuple[str, str]] = []
-        self._lines: list[str] = []
+        self._raw: list[bytes] = []
 
     def add(self, name: str, words: Sequence[str]) -> None:
-        """One field; no words: none. The last gate against injection: what is not printable never gets into a line."""
-        if not words:
-            return
-        value = " ".join(words)
-        if not value.isprintable():     # str.isprintable: no controls, no CR or LF, no U+2028, no surrogates
-            raise refusal(f"The {name} field holds characters that no header may hold")
-        self._fields.append((name, value))
-        line = f"{name}:"
-        for word in words:
-            if len(line) + 1 + len(word) > LINE_WANTED and line != f"{name}:":
-                self._append(line)
-                line = ""
-            line += f" {word}"
-        self._append(line)
-
-    def _append(self, line: str) -> None:
-        if len(line) > LINE_LIMIT:
-            raise refusal("A header field holds a word that fits no line")
-        self._lines.append(line)
+        """One field; no words: none."""
+        if words:
+            self._raw.append(fold_field(name, words))
+            self._fields.append((name, " ".join(words)))
 
     def done(self, message_id: str) -> OuterHeaders:
-        text = "\r\n".join(self._lines) + "\r\n"
-        return OuterHeaders(tuple(self._fields), text.encode("utf-8"), message_id, not text.isascii())
+        raw = b"".join(self._raw)
+        return OuterHeaders(tuple(self._fields), raw, message_id, not raw.isascii())
 
 
 def _add_received(builder: _Builder, fields: Sequence[Field], ours: bytes) -> None:
