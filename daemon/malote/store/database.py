@@ -6,6 +6,7 @@ import os
 import sqlite3
 import stat
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -84,24 +85,27 @@ _TEXTS: dict[int | None, str] = {
 }
 
 
-def check_place(directory: Path) -> Path:
+def check_place(directory: Path, *, make: bool) -> Path:
     """The store file below `directory`, both made if missing and both ours alone. Raises `StoreUnavailable`."""
     try:
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if make:
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         place = directory.lstat()
         if not stat.S_ISDIR(place.st_mode):
             raise StoreUnavailable("the store's directory is a link or no directory", hint=f"see {directory}")
         _check_owner(place, directory, 0o700)
         file = directory / FILE_NAME
-        try:
-            os.close(os.open(file, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600))
-        except FileExistsError:
-            found = file.lstat()
-            if not stat.S_ISREG(found.st_mode):
-                raise StoreUnavailable("the store file is a link or no file", hint=f"see {file}") from None
-            _check_owner(found, file, 0o600)
-            if found.st_uid != place.st_uid:
-                raise StoreUnavailable("the store file and its directory have different owners", hint=f"see {file}") from None
+        if make:
+            with suppress(FileExistsError):
+                os.close(os.open(file, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600))
+        found = file.lstat()
+        if not stat.S_ISREG(found.st_mode):
+            raise StoreUnavailable("the store file is a link or no file", hint=f"see {file}")
+        _check_owner(found, file, 0o600)
+        if found.st_uid != place.st_uid:
+            raise StoreUnavailable("the store file and its directory have different owners", hint=f"see {file}")
+    except FileNotFoundError as error:
+        raise StoreUnavailable("there is no store", hint=f"see {directory}") from error
     except OSError as error:
         raise StoreUnavailable(f"the store's directory cannot be used ({error.strerror})", hint=f"see {directory}") from error
     return file

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sqlite3
+import threading
 from pathlib import Path
 
 from sqlalchemy import Connection, Engine, text
@@ -13,6 +14,7 @@ from malote.errors import StoreUnavailable
 from malote.store.schema import CURRENT, REVISIONS
 
 log = logging.getLogger("malote.store")
+_ALEMBIC = threading.Lock()      # it keeps its state in module globals
 
 
 def bring_up_to_date(engine: Engine, file: Path) -> None:
@@ -46,7 +48,8 @@ def upgrade(connection: Connection, target: str = "head") -> None:
     config.set_main_option("script_location", str(Path(__file__).with_name("migrations")).replace("%", "%%"))
     config.set_main_option("path_separator", "os")
     config.attributes["connection"] = connection
-    command.upgrade(config, target)
+    with _ALEMBIC:
+        command.upgrade(config, target)
 
 
 def _version(connection: Connection) -> str | None:

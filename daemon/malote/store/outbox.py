@@ -23,20 +23,24 @@ BUILD_DATE_MS = 1_795_392_000_000   # 2026-11-23: a clock before the time this w
 
 _FIND = Statement(select(
     journal.c.recipient, journal.c.state, journal.c.submission_id, journal.c.first_at_ms,
-    journal.c.stream, journal.c.serial, journal.c.prev, journal.c.reply,
+    journal.c.stream, journal.c.serial, journal.c.prev, journal.c.reply, journal.c.attempt,
 ).where(journal.c.key == bindparam("key")))
 _WRITE = Statement(insert(journal).values({column: bindparam(column) for column in (
-    "key", "recipient", "state", "submission_id", "first_at_ms", "changed_at_ms", "stream", "serial", "prev",
+    "key", "recipient", "state", "attempt", "submission_id", "first_at_ms", "changed_at_ms", "stream", "serial", "prev",
 )}).on_conflict_do_update(index_elements=["key", "recipient"], set_={
     "state": bindparam("state"), "changed_at_ms": bindparam("changed_at_ms"), "stream": bindparam("stream"),
-    "serial": bindparam("serial"), "prev": bindparam("prev"),
+    "serial": bindparam("serial"), "prev": bindparam("prev"), "attempt": bindparam("attempt"),
 }))
-_OUR_ROW = and_(journal.c.key == bindparam("at_key"), journal.c.recipient == bindparam("at_recipient"))
-_FINISH = Statement(update(journal).where(_OUR_ROW, journal.c.submission_id == bindparam("at_submission")).values(
+_OUR_ROW = and_(
+    journal.c.key == bindparam("at_key"), journal.c.recipient == bindparam("at_recipient"),
+    journal.c.submission_id == bindparam("at_submission"),
+)
+_OUR_ATTEMPT = and_(_OUR_ROW, journal.c.attempt == bindparam("at_attempt"), journal.c.state == int(SendState.IN_DOUBT))
+_FINISH = Statement(update(journal).where(_OUR_ROW, journal.c.state != int(SendState.ACCEPTED)).values(
     state=bindparam("state"), reply=bindparam("reply"), changed_at_ms=bindparam("changed_at_ms")))
-_UNDO = Statement(delete(journal).where(_OUR_ROW, journal.c.submission_id == bindparam("at_submission")))
-_FORGET = Statement(delete(journal).where(
-    _OUR_ROW, journal.c.submission_id == bindparam("at_submission"), journal.c.state != int(SendState.IN_DOUBT)))
+_UNDO_FIRST = Statement(delete(journal).where(_OUR_ATTEMPT))
+_UNDO = Statement(update(journal).where(_OUR_ATTEMPT).values(state=bindparam("state")))
+_FORGET = Statement(delete(journal).where(_OUR_ROW, journal.c.state != int(SendState.IN_DOUBT)))
 _EXPIRE = Statement(delete(journal).where(tuple_(journal.c.key, journal.c.recipient).in_(
     select(journal.c.key, journal.c.recipient).where(journal.c.changed_at_ms < bindparam("before_ms")).limit(1000))))
 _DROP_DEVICES = Statement(delete(device))
@@ -78,11 +82,12 @@ def begin_send(db: Db, intent: SendIntent) -> SendPlan:
     stream, sent_at_ms = b"", intent.now_ms
     if any(recipient.sealed for recipient in intent.recipients):
         stream, sent_at_ms = _stamp(db, intent)
-    rows = [_plan_row(db, recipient, known.get(recipient.address), stream) for recipient in intent.recipients]
+    recipients = {recipient.address: recipient for recipient in intent.recipients}      # each address once
+    rows = [_plan_row(db, recipient, known.get(address), stream) for address, recipient in recipients.items()]
     db.many(_WRITE, [{
-        "key": key, "recipient": row.address, "state": int(SendState.IN_DOUBT), "submission_id": submission_id,
-        "first_at_ms": first_at_ms, "changed_at_ms": intent.now_ms, "stream": row.stream or None, "serial": row.serial,
-        "prev": row.prev,
+        "key": key, "recipient": row.address, "state": int(SendState.IN_DOUBT), "attempt": row.attempt,
+        "submission_id": submission_id, "first_at_ms": first_at_ms, "changed_at_ms": intent.now_ms,
+        "stream": row.stream or None, "serial": row.serial, "prev": row.prev,
     } for row in rows if row.state is not SendState.ACCEPTED])
     return SendPlan(key, submission_id, first_at_ms, sent_at_ms, tuple(rows))
 
@@ -104,41 +109,46 @@ def _stamp(db: Db, intent: SendIntent) -> tuple[bytes, int]:
 
 
 def _plan_row(db: Db, recipient: SendRecipient, known: Row | None, stream: bytes) -> SendRow:
-    state, reply = SendState.NEW, ""
+    state, reply, attempt = SendState.NEW, "", 1
     if known is not None:
-        _, number, _, _, old_stream, old_serial, old_prev, reply = known
-        state = SendState(number)
+        _, number, _, _, old_stream, old_serial, old_prev, reply, attempt = known
+        state, attempt = SendState(number), attempt + 1
         if state is SendState.ACCEPTED or (recipient.sealed and old_stream is not None):
             # the same numbers again: at the receiver the two are one message, whichever of them arrived
-            return SendRow(recipient.address, state, old_stream is not None, old_stream or b"", old_serial, old_prev, reply)
+            return SendRow(recipient.address, state, old_stream is not None, old_stream or b"", old_serial, old_prev, reply,
+                           attempt)
     if not recipient.sealed:
-        return SendRow(recipient.address, state, False, b"", 0, 0, reply)
+        return SendRow(recipient.address, state, False, b"", 0, 0, reply, attempt)
     given = db.row(_NEXT, {"stream": stream, "recipient": recipient.address})
     assert given is not None    # noqa: S101 -- INSERT ... DO UPDATE ... RETURNING always gives a row
-    return SendRow(recipient.address, state, True, stream, given[0], given[1], reply)
+    return SendRow(recipient.address, state, True, stream, given[0], given[1], reply, attempt)
 
 
 def finish_send(db: Db, plan: SendPlan, outcomes: Mapping[str, tuple[Outcome, str]], now_ms: int) -> None:
     """Write down what became of each part; recipients not in `outcomes` stay in doubt.
 
-    UNSENT takes back what `begin_send` wrote: a part in doubt since an earlier attempt stays in doubt, a new one is gone and
-    its number burnt (the next `prev` skips it, so the receiver misses nothing).
+    ACCEPTED is final. UNSENT takes back what `begin_send` wrote, unless another attempt began since: a part in doubt since an
+    earlier attempt stays in doubt, a new one is gone and its number burnt (the next `prev` skips it, so the receiver misses
+    nothing).
     """
-    finished, undone, accepted = [], [], []
+    finished, undone, gone, accepted = [], [], [], []
     for row in plan.rows:
         outcome, reply = outcomes.get(row.address, (Outcome.IN_DOUBT, ""))
         if row.state is SendState.ACCEPTED or outcome is Outcome.IN_DOUBT:
             continue
         at = {"at_key": plan.key, "at_recipient": row.address, "at_submission": plan.submission_id}
         if outcome is Outcome.UNSENT and row.state is SendState.NEW:
-            undone.append(at)
-            continue
-        state = {Outcome.ACCEPTED: SendState.ACCEPTED, Outcome.REFUSED: SendState.REFUSED}.get(outcome, row.state)
-        finished.append(at | {"state": int(state), "reply": reply or row.reply, "changed_at_ms": now_ms})
+            gone.append(at | {"at_attempt": row.attempt})
+        elif outcome is Outcome.UNSENT:
+            undone.append(at | {"at_attempt": row.attempt, "state": int(row.state)})
+        else:
+            state = SendState.ACCEPTED if outcome is Outcome.ACCEPTED else SendState.REFUSED
+            finished.append(at | {"state": int(state), "reply": reply, "changed_at_ms": now_ms})
         if outcome is Outcome.ACCEPTED and row.sealed:
             accepted.append({"at_stream": row.stream, "at_recipient": row.address, "accepted": row.serial})
     db.many(_FINISH, finished)
     db.many(_UNDO, undone)
+    db.many(_UNDO_FIRST, gone)
     db.many(_ACCEPTED, accepted)
 
 

@@ -105,6 +105,7 @@ class SendRow:
     serial: int             # 0 when unsealed
     prev: int
     reply: str              # the upstream's reply, when state is ACCEPTED or REFUSED
+    attempt: int            # 1 for the first
 
 
 @dataclass(frozen=True, slots=True)

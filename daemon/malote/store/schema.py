@@ -79,6 +79,7 @@ serial = _table(
 journal = _table(
     "journal", _key("key", LargeBinary), _key("recipient", Text),
     _number("state"),           # records.SendState
+    _number("attempt"),         # how many began: one that sent nothing must not undo what a later one did
     _bytes("submission_id"), _number("first_at_ms"), _number("changed_at_ms"),
     Column("stream", LargeBinary), _number("serial", default=0), _number("prev", default=0),    # stream NULL: went unsealed
     _text("reply"),

@@ -61,7 +61,7 @@ class Store:
         """
         directory = _directory(place)
         try:
-            file = await asyncio.to_thread(check_place, directory)
+            file = await asyncio.to_thread(check_place, directory, make=not readonly)
             engine = make_engine(file, readonly=readonly)
             await (asyncio.to_thread(check_version, engine) if readonly else asyncio.to_thread(bring_up_to_date, engine, file))
             writer = Writer(engine, name="malote-store")
@@ -181,6 +181,17 @@ class Store:
     async def finish_send(self, plan: SendPlan, outcomes: Mapping[str, tuple[Outcome, str]], now_ms: int) -> None:
         """Outcome and the upstream's reply for each recipient; those left out stay in doubt. Durable when this returns."""
         await self._writer.write(lambda db: outbox.finish_send(db, plan, outcomes, now_ms))
+
+    def finish_send_later(self, plan: SendPlan, outcomes: Mapping[str, tuple[Outcome, str]], now_ms: int) -> None:
+        """The same, not waited for, but before every `begin_send` that is called later: for when the client is told 250.
+
+        Lost in a crash it leaves the rows in doubt, and nobody comes back for a message that was accepted.
+        """
+        self._writer.later(lambda db: outbox.finish_send(db, plan, outcomes, now_ms))
+
+    async def renew_streams(self) -> None:
+        """Begin new numberings: for a store restored from a backup, or after the clock was wrong by days."""
+        await self._writer.write(outbox.renew_streams)
 
     def forget_send(self, plan: SendPlan) -> None:
         """The client has proved that it read our reply: the same bytes again are a new message. Not waited for, but before

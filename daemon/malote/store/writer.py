@@ -120,7 +120,7 @@ class Writer:
         except queue.Empty:
             pass
         lazy: list[_Job] = []
-        while self._lazy and len(lazy) < 4 * MAX_BATCH:
+        while self._lazy and (len(lazy) < 4 * MAX_BATCH or not going):
             lazy.append(self._lazy.popleft())
         return lazy + jobs, going
 
@@ -195,7 +195,8 @@ def is_outage(error: BaseException, db: Db | None) -> bool:
         return True
     if isinstance(error, sqlite3.IntegrityError | IntegrityError):
         return False
-    return isinstance(error, sqlite3.OperationalError | sqlite3.DatabaseError | OperationalError)
+    # DatabaseError itself is "damaged"; its other subclasses blame the statement
+    return isinstance(error, sqlite3.OperationalError | OperationalError) or type(error) is sqlite3.DatabaseError
 
 
 def _resolve(jobs: list[_Job]) -> None:

@@ -58,8 +58,8 @@ def _keys() -> None:
 def _outgoing() -> None:
     _table("device", _key("address", sa.Text()), _key("skid", sa.LargeBinary()), _bytes("stream"), _number("last_sent_ms"))
     _table("serial", _key("stream", sa.LargeBinary()), _key("recipient", sa.Text()), _number("last"), _number("accepted"))
-    _table("journal", _key("key", sa.LargeBinary()), _key("recipient", sa.Text()), _number("state"), _bytes("submission_id"),
-           _number("first_at_ms"), _number("changed_at_ms"), sa.Column("stream", sa.LargeBinary()),
+    _table("journal", _key("key", sa.LargeBinary()), _key("recipient", sa.Text()), _number("state"), _number("attempt"),
+           _bytes("submission_id"), _number("first_at_ms"), _number("changed_at_ms"), sa.Column("stream", sa.LargeBinary()),
            _number("serial", "0"), _number("prev", "0"), _text("reply"))
     _table("outer_id", _key("inner_mark", sa.LargeBinary()), _text("outer_id"), _number("at_ms"))
     op.create_index("outer_id_at", "outer_id", ["at_ms"])
