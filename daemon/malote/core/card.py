@@ -120,12 +120,12 @@ def parse_card(raw: bytes) -> Card:
     verify = _parse_verify_key(strict_json.member(members, "sig", dict))
     signed_end = body_end + 2 + struct.unpack_from(">H", raw, body_end)[0]
     previous = strict_json.hex_bytes(members, "prev", 32) if "prev" in members else None
-    if (signed_end > body_end + 2) != (previous is not None):
-        raise FormatError("card has a predecessor without its signature, or the reverse")
     try:
         verify.verify(_LABEL + raw[:signed_end], raw[signed_end:])
     except BadSignature:
         raise FormatError("the signature of the card is not valid: it was damaged or changed") from None
+    if (signed_end > body_end + 2) != (previous is not None):
+        raise FormatError("card has a predecessor without its signature, or the reverse")
     address = strict_json.member(members, "addr", str)
     scope = strict_json.member(members, "scope", str)
     if canonical_card_address(address) != address:
@@ -259,17 +259,14 @@ def _decoded_parts(raw: bytes) -> Iterator[str]:
 
 def _parse_block(block: str) -> Card:
     """`block` is what stands between BEGIN and END, without quote marks. White space and HTML tags have no meaning in it."""
-    plain = _squeeze(block)
+    unquoted = _unquote_printable(block)
     try:
-        comment, raw = _split_block(plain)
+        comment, raw = _split_block(_squeeze(block))
     except FormatError:
-        if "=" not in block:
-            raise
-        plain = _squeeze(_unquote_printable(block))
-        comment, raw = _split_block(plain)
+        comment, raw = _split_block(_squeeze(unquoted))
     card = parse_card(raw)
     expected = _squeeze(f"Address: {card.address} Fingerprint: {card.fingerprint}")
-    if comment and expected not in {comment, _squeeze(_unquote_printable(comment))}:
+    if comment and expected not in {comment, _squeeze(unquoted).partition(_BASE64_START)[0]}:
         # the part that people read must not say anything else than the part that is signed
         raise FormatError(f"the lines above the card do not belong to it: it is signed for {card.address}")
     return card
