@@ -61,6 +61,7 @@ class UpstreamConnection(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         self._parser = ReplyParser()
         self._waiting: deque[asyncio.Future[Reply]] = deque()
+        self._greeting: asyncio.Future[Reply] = self._loop.create_future()
         self._out: list[bytes] = []
         self._timer: asyncio.TimerHandle | None = None
         self._deadline = 0.0
@@ -83,6 +84,7 @@ class UpstreamConnection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
         self._transport.set_write_buffer_limits(high=HIGH_WATER_BYTES)
+        self._greeting = self._expect(self._timeouts.command)   # now: it may come before whoever connects runs again
 
     def data_received(self, data: bytes) -> None:
         try:
@@ -227,7 +229,7 @@ class UpstreamConnection(asyncio.Protocol):
     async def open(self, *, starttls: ssl.SSLContext | None, server_hostname: str) -> None:
         """Greeting, EHLO, and with `starttls` the upgrade, without which nothing goes on. Raises `UpstreamError`."""
         try:
-            check_reply(await self._expect(self._timeouts.command))
+            check_reply(await self._greeting)
             await self._ehlo()
             if starttls is not None:
                 await self._starttls(starttls, server_hostname)
