@@ -344,7 +344,7 @@ def test_lines_for_people_cannot_mislead(text: str) -> None:
     (armor(BERT.card)[:-40] + "-----END MALOTE CARD-----", "damaged"),
     (armor(BERT.card) + armor(ANNA.card).replace("iU1MQw0KGgoBAAEA", "iU1MQw0KGgoBAAEB"), "cut off"),
     (armor(BERT.card).replace("iU1MQw0KGgoBAAEAAA", "iU1MQw0KGgoBAAEAA"), "not complete"),
-    (armored("MALOTE CARD", BERT.card.raw[:-200] + b"x" + BERT.card.raw[-199:], []), "damaged"),
+    (armored("MALOTE CARD", BERT.card.raw[:-10] + bytes(10), []), "damaged"),
     (armored("MALOTE CARD", b"hello", []), "damaged"),
     (armored("MALOTE CARD", MAGIC + b"\x02\x00\x01" + BERT.card.raw[11:], []), "version"),
 ])
