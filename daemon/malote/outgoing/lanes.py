@@ -1,0 +1,84 @@
+"""Where a client session's upstream transactions run: on pooled connections, or on one that is the session's own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+from malote.errors import Reply, UpstreamError
+from malote.outgoing.desk import Params
+from malote.outgoing.relay import Upstream, UpstreamConnection
+
+_LOST = Reply(421, "4.4.2", "The connection to the next mail server is lost, nothing was sent, connect again")
+
+
+class Lane(Protocol):
+    @property
+    def width(self) -> int:
+        """Transactions of one message at the same time, at most."""
+        ...
+
+    @property
+    def extensions(self) -> Mapping[str, str]:
+        """What the server offered when it was last asked; empty if that has not been yet."""
+        ...
+
+    async def begin(self, address: str, params: Params) -> tuple[UpstreamConnection, Reply]:
+        """A connection and the server's reply to MAIL, whatever it is. Raises `UpstreamError`."""
+        ...
+
+    async def release(self, connection: UpstreamConnection) -> None:
+        """After each `begin`, always. An open transaction is reset; a connection that may be out of step is dropped."""
+        ...
+
+
+class PooledLane:
+    """Connections with configured credentials (or none), shared by all clients."""
+
+    def __init__(self, upstream: Upstream, width: int) -> None:
+        self._upstream = upstream
+        self.width = width
+        self.extensions: Mapping[str, str] = {}
+
+    async def begin(self, address: str, params: Params) -> tuple[UpstreamConnection, Reply]:
+        connection, reply = await self._upstream.begin(address, params)
+        self.extensions = connection.extensions
+        return connection, reply
+
+    async def ask(self) -> Mapping[str, str]:
+        """The server's extensions, asked for now if that was never done. Raises `UpstreamError`."""
+        if not self.extensions:
+            connection = await self._upstream.acquire()
+            self.extensions = connection.extensions
+            await self._upstream.release(connection)
+        return self.extensions
+
+    async def release(self, connection: UpstreamConnection) -> None:
+        await self._upstream.release(connection)
+
+
+class OwnLane:
+    """The one connection on which this client has logged in at the upstream server. It ends with the session."""
+
+    width = 1
+
+    def __init__(self, connection: UpstreamConnection) -> None:
+        self.connection = connection
+
+    @property
+    def extensions(self) -> Mapping[str, str]:
+        return self.connection.extensions
+
+    async def begin(self, address: str, params: Params) -> tuple[UpstreamConnection, Reply]:
+        if not self.connection.usable:
+            raise UpstreamError("the connection of this session to the next mail server is lost", reply=_LOST)
+        return self.connection, await self.connection.mail(address, params)
+
+    async def release(self, connection: UpstreamConnection) -> None:
+        if connection.usable and connection.in_transaction:
+            try:
+                await connection.rset()
+            except UpstreamError:
+                connection.abort()
+        if not connection.usable:
+            connection.abort()

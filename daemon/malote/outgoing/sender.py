@@ -1,0 +1,227 @@
+"""The desk behind one listener: who the client is, what is answered to MAIL and RCPT, and the message handed to `Submissions`."""
+
+from __future__ import annotations
+
+import os
+import pwd
+from dataclasses import dataclass, field
+from typing import cast
+
+import structlog
+
+from malote.config import ListenerConfig, OutgoingConfig
+from malote.core.address import canonical_address
+from malote.errors import FormatError, MaloteError, Reply, UpstreamError
+from malote.outgoing.desk import AuthOutcome, ClientSession, Offer, Params
+from malote.outgoing.identities import Submitter, login_addresses
+from malote.outgoing.lanes import Lane, OwnLane, PooledLane
+from malote.outgoing.passthrough import MECHANISMS, Listener, login_of
+from malote.outgoing.relay import Upstream
+from malote.outgoing.sizes import largest_original
+from malote.outgoing.submission import Submissions
+from malote.outgoing.transaction import Transaction
+from malote.outgoing.users import Users
+from malote.store.records import SendPlan
+from malote.store.store import Store
+
+log = structlog.get_logger("malote.outgoing")
+
+_MAIL_OK = Reply(250, "2.1.0", "Sender ok")
+_BAD_RECIPIENT = Reply(553, "5.1.3", "This is no mail address")
+_LOGIN_NEEDED = Reply(530, "5.7.0", "Log in first")
+_NOT_KNOWN = Reply(550, "5.7.1", "This user of the machine may not send here")
+_NO_LOGIN_HERE = Reply(550, "5.7.1", "Mail is sent on with a configured login, so this listener must ask for one too")
+_WELCOME = Reply(235, "2.7.0", "Logged in")
+_WRONG = Reply(535, "5.7.8", "Login or password is wrong")
+_NO_MECHANISM = Reply(504, "5.5.4", "This way to log in is not offered")
+_NO_TRANSACTION = Reply(503, "5.5.1", "Send MAIL first")
+
+_CARRIED = frozenset({"8BITMIME", "SMTPUTF8", "DSN", "REQUIRETLS"})     # extensions that are offered if the upstream has them
+
+
+@dataclass(slots=True)
+class SessionState:
+    """What the desk knows of one client connection."""
+
+    lane: Lane
+    submitter: Submitter = field(default_factory=Submitter)
+    tx: Transaction | None = None
+    answered: list[SendPlan] = field(default_factory=list)      # told 250, not yet known to have read it
+
+
+class Sender:
+    """Implements `Desk` for one listener. `users`: local logins, or the addresses of others' logins (users.py)."""
+
+    def __init__(self, *, listener: ListenerConfig, config: OutgoingConfig, upstream: Upstream, submissions: Submissions,
+                 store: Store, users: Users) -> None:
+        self._listener = listener
+        self._config = config
+        self._upstream = upstream
+        self._submissions = submissions
+        self._store = store
+        self._users = users
+        self._own_login = bool(config.upstream.username)
+        self._pooled = PooledLane(upstream, config.upstream.upstream_connections)
+
+    @property
+    def _passes_through(self) -> bool:
+        return self._listener.auth == "pass-through" and not self._own_login
+
+    # who is it
+
+    async def offer(self, session: ClientSession) -> Offer:
+        """What the upstream server can carry. Raises `UpstreamError` when that cannot be found out."""
+        state = await self._state(session)
+        extensions = state.lane.extensions if isinstance(state.lane, OwnLane) else await self._pooled.ask()
+        size = extensions.get("SIZE", "")
+        carried = _CARRIED & extensions.keys()
+        largest = largest_original(int(size)) if size.isascii() and size.isdigit() else 0
+        return Offer(carried, largest, self._mechanisms(state.lane))
+
+    def _mechanisms(self, lane: Lane) -> tuple[str, ...]:
+        if isinstance(lane, OwnLane):
+            offered = lane.connection.auth_mechanisms()
+            return tuple(name for name in MECHANISMS if name in offered)
+        return ("PLAIN", "LOGIN") if self._listener.auth == "local" else ()
+
+    async def authenticate(self, session: ClientSession, mechanism: str, initial: bytes | None) -> AuthOutcome:
+        state = await self._state(session)
+        if mechanism not in self._mechanisms(state.lane):
+            return AuthOutcome(_NO_MECHANISM)
+        if isinstance(state.lane, OwnLane):
+            return await self._ask_upstream(session, state, state.lane, mechanism, initial)
+        return await self._check_local(session, state, mechanism, initial)
+
+    async def _ask_upstream(self, session: ClientSession, state: SessionState, lane: OwnLane, mechanism: str,
+                            initial: bytes | None) -> AuthOutcome:
+        """The client's own login, on a connection that is the client's alone. The answer is the upstream server's."""
+        listener = Listener(mechanism, initial, session.challenge)
+        reply = await lane.connection.authenticate(mechanism, initial, listener.answer)
+        if reply.code != 235:
+            return AuthOutcome(reply)
+        login = listener.login
+        user = self._users.get(login)
+        state.submitter = Submitter(login, user.addresses if user is not None else login_addresses(login))
+        return AuthOutcome(reply, login or "(unnamed)")
+
+    async def _check_local(self, session: ClientSession, state: SessionState, mechanism: str,
+                           initial: bytes | None) -> AuthOutcome:
+        login, password = await _login_and_password(session, mechanism, initial)
+        user = await self._users.check_password(login, password)
+        if user is None:
+            return AuthOutcome(_WRONG)
+        state.submitter = Submitter(login, user.addresses)
+        return AuthOutcome(_WELCOME, login)
+
+    async def _state(self, session: ClientSession) -> SessionState:
+        if session.state is None:
+            lane: Lane = OwnLane(await self._upstream.connect()) if self._passes_through else self._pooled
+            session.state = SessionState(lane, self._first_submitter(session))
+        return cast(SessionState, session.state)
+
+    def _first_submitter(self, session: ClientSession) -> Submitter:
+        """Who the client is before it has logged in."""
+        match self._listener.auth:
+            case "none":
+                return Submitter(anyone=not self._own_login)
+            case "peer" if session.peer_uid is not None:
+                return self._local_user(session.peer_uid)
+            case _:
+                return Submitter()
+
+    def _local_user(self, uid: int) -> Submitter:
+        """The user at the other end of a UNIX socket. Whoever runs this program may use all that is in its store anyway."""
+        try:
+            name = pwd.getpwuid(uid).pw_name
+        except KeyError:
+            name = str(uid)
+        user = self._users.get(name) or self._users.get(str(uid))
+        if user is not None:
+            return Submitter(name, user.addresses)
+        return Submitter(name, anyone=True) if uid == os.geteuid() else Submitter()
+
+    def _check_may_send(self, state: SessionState) -> None:
+        """Raises `MaloteError` for a client that must log in first."""
+        match self._listener.auth:
+            case "local" if not state.submitter.login:
+                raise MaloteError("no login", reply=_LOGIN_NEEDED)
+            case "peer" if not state.submitter.login:
+                raise MaloteError("a user that is not listed", reply=_NOT_KNOWN)
+            case "none" | "pass-through" if self._own_login:
+                raise MaloteError("no login, but the upstream has one", reply=_NO_LOGIN_HERE)
+
+    # one message
+
+    async def mail(self, session: ClientSession, address: str, params: Params) -> Reply:
+        state = await self._state(session)
+        self._check_may_send(state)
+        if state.tx is not None:
+            await state.tx.end()
+        state.tx = Transaction(address, params, state.lane, fold=self._config.fold)
+        return _MAIL_OK
+
+    async def rcpt(self, session: ClientSession, address: str, params: Params) -> Reply:
+        tx = cast(SessionState, session.state).tx
+        if tx is None:
+            return _NO_TRANSACTION
+        try:
+            try:
+                canonical = canonical_address(address)
+            except FormatError:
+                return _BAD_RECIPIENT
+            recipient = await self._submissions.recipient(canonical, address, params, tx.sender)
+            return await tx.rcpt(recipient)
+        except MaloteError as error:    # of this recipient alone: the others of the transaction go on
+            if isinstance(error, UpstreamError):
+                log.warning("upstream", session=session.id, fault=str(error))
+            return error.reply
+
+    async def data(self, session: ClientSession, content: bytearray) -> Reply:
+        state = cast(SessionState, session.state)
+        tx = state.tx
+        if tx is None:
+            return _NO_TRANSACTION
+        try:
+            finished = await self._submissions.send(session, tx, state.submitter, content)
+        finally:
+            state.tx = None
+            await tx.end()
+        if finished.plan is not None:
+            state.answered.append(finished.plan)
+        return finished.reply
+
+    async def reset(self, session: ClientSession) -> None:
+        state = cast(SessionState | None, session.state)
+        if state is not None and state.tx is not None:
+            tx, state.tx = state.tx, None
+            await tx.end()
+
+    async def close(self, session: ClientSession) -> None:
+        await self.reset(session)
+        state = cast(SessionState | None, session.state)
+        session.state = None
+        if state is not None and isinstance(state.lane, OwnLane):
+            await state.lane.connection.quit()
+
+    def reply_read(self, session: ClientSession) -> None:
+        state = cast(SessionState | None, session.state)
+        if state is not None:
+            for plan in state.answered:
+                self._store.forget_send(plan)
+            state.answered.clear()
+
+
+async def _login_and_password(session: ClientSession, mechanism: str, initial: bytes | None) -> tuple[str, str]:
+    """From PLAIN (RFC 4616) or LOGIN. Two empty strings when the client gave up or sent something else."""
+    if mechanism == "PLAIN":
+        message = initial if initial is not None else await session.challenge(b"")
+        login = login_of("PLAIN", message or b"")
+        password = (message or b"").split(b"\0")[-1] if login else b""
+    else:
+        name = initial if initial is not None else await session.challenge(b"Username:")
+        answer = await session.challenge(b"Password:") if name is not None else None
+        login, password = login_of("LOGIN", name or b"") if answer is not None else "", answer or b""
+    try:
+        return login, password.decode()
+    except UnicodeDecodeError:
+        return "", ""

@@ -1,0 +1,328 @@
+"""One submitted message from its last byte to the reply: gather, decide, write down, send, answer.
+
+The order is what keeps the promises. Everything that can refuse comes first. Then serial numbers and journal are committed, and
+only after that may a final dot leave. 250 is said only when the upstream server has said it for every recipient. Whatever
+goes wrong in between ends as a temporary failure, and no plain copy is made of what was to be sealed (copies.py).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, field
+
+import structlog
+
+from malote.config import LimitsConfig, OutgoingConfig
+from malote.core.address import domain_of
+from malote.core.encrypted import decide_encrypted
+from malote.core.identity import Identity
+from malote.core.message import Prepared, complete, prepare
+from malote.core.outer import threading_ids
+from malote.core.policy import Action, check_mix, check_recipients, decide_envelope, decide_recipient
+from malote.core.primitives import hmac_sha256, random_bytes
+from malote.errors import MaloteError, Reply, StoreUnavailable, UpstreamError
+from malote.outgoing.answers import Outcome, State, decide_answer
+from malote.outgoing.copies import Letter, make_outer, received_line
+from malote.outgoing.delivery import INLINE_BYTES, LOCAL, TOO_LATE, Delivery
+from malote.outgoing.desk import ClientSession, Params
+from malote.outgoing.directory import CardFinder
+from malote.outgoing.envelope import mail_params
+from malote.outgoing.groups import Group, Kind, Member, group_members
+from malote.outgoing.identities import Submitter, decide_signer
+from malote.outgoing.inflight import InFlight, Turn
+from malote.outgoing.lanes import Lane
+from malote.outgoing.notice import Refused, make_notice
+from malote.outgoing.transaction import Recipient, Transaction
+from malote.store.records import Outcome as Written
+from malote.store.records import OutcomeEntry, SendIntent, SendPlan, SendRecipient, SendRow, SendState
+from malote.store.store import Store
+
+log = structlog.get_logger("malote.outgoing")
+
+WORKERS = 2             # threads that seal large messages: more would only wait for each other's GIL
+
+_WRITTEN = {
+    State.ACCEPTED: Written.ACCEPTED, State.REFUSED: Written.REFUSED,
+    State.DEFERRED: Written.UNSENT, State.IN_DOUBT: Written.IN_DOUBT,
+}
+_BEFORE = Reply(250, "2.0.0", "Accepted before")
+_NOT_NOTIFIED = Reply(451, "4.3.0", "Some recipients were refused and the sender cannot be notified now, try again later")
+
+
+@dataclass(slots=True)
+class Line:
+    """What the one log line of a message says."""
+
+    id: str = ""
+    size: int = 0
+    sealed: int = 0
+    plain: int = 0
+    copies: int = 0
+    outcome: str = "failed"
+    from_address: str = ""
+    states: dict[State, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    reply: Reply
+    plan: SendPlan | None = None    # to be forgotten once the client has proved that it read the reply
+
+
+class Submissions:
+    """Sends messages for all listeners. `identities`: the unlocked ones by address, asked for each message. `clock_ms`: now."""
+
+    def __init__(self, *, config: OutgoingConfig, limits: LimitsConfig, store: Store, host: str,
+                 identities: Callable[[], Mapping[str, Identity]], clock_ms: Callable[[], int]) -> None:
+        self.config = config
+        self.clock_ms = clock_ms
+        self.cards = CardFinder(store)
+        self._limits = limits
+        self._store = store
+        self._host = host
+        self._identities = identities
+        self._inflight = InFlight()
+        self._executor = ThreadPoolExecutor(WORKERS, thread_name_prefix="malote-seal")
+
+    def close(self) -> None:
+        """After the last message."""
+        self._executor.shutdown(wait=False)
+
+    async def recipient(self, address: str, path: str, params: Params, sender: str) -> Recipient:
+        """Look up the card and decide what the envelope alone shows. Raises `KeyMissing` when that is a refusal."""
+        found = await self.cards.find(address, self.clock_ms())
+        rules, card = self.config.rules, found.card is not None
+        decision = decide_recipient(rules, sender, address, card=card, had_card=found.had_card)
+        if decision.action is Action.REFUSE:
+            refused = decide_envelope(rules, sender, address, card=card, had_card=found.had_card)
+            if refused is not None:
+                check_recipients([refused])
+        return Recipient(address, path, params, found.card, found.had_card, decision)
+
+    async def send(self, session: ClientSession, tx: Transaction, submitter: Submitter, content: bytearray) -> Finished:
+        """Raises `MaloteError` with the reply when nothing was sent. `content` is emptied as soon as it is not needed."""
+        line = Line(size=len(content))
+        started = asyncio.get_running_loop().time()
+        code = 451
+        try:
+            finished = await self._send(session, tx, submitter, content, line)
+            code = finished.reply.code
+            return finished
+        except MaloteError as error:
+            code = error.reply.code
+            line.outcome = "refused" if code >= 500 else "failed"
+            raise
+        finally:
+            self._log(session, tx, line, code, int((asyncio.get_running_loop().time() - started) * 1000))
+
+    async def _send(self, session: ClientSession, tx: Transaction, submitter: Submitter, content: bytearray,
+                    line: Line) -> Finished:
+        deadline = asyncio.get_running_loop().time() + self._limits.reply_within_seconds
+        prepared = prepare(content)
+        line.from_address = prepared.from_address
+        recipients = {recipient.address: recipient for recipient in tx.recipients}
+        identity = self._decide(recipients, prepared, content, submitter)
+        digest = await self._digest(prepared)
+        key = (submitter.login, prepared.from_address, digest)
+        async with AsyncExitStack() as stack:
+            if self._inflight.busy(key):
+                await tx.end()      # who waits holds no connection that the other may need
+            try:
+                async with asyncio.timeout_at(deadline):
+                    turn = await stack.enter_async_context(self._inflight.turn(key))
+            except TimeoutError:
+                raise MaloteError("an identical message took too long", reply=TOO_LATE) from None
+            plan = await self._begin(submitter, prepared.from_address, identity, digest, recipients)
+            line.id = plan.submission_id.hex()
+            letter = await self._letter(session, prepared, identity, recipients, plan)
+            shown = prepared.to_cc
+            del prepared
+            content.clear()
+            delivery = Delivery(letter, tx.lane, tx.sender, tx.params, deadline, session.keep_going, self._executor)
+            return await self._deliver(delivery, shown, plan, turn, tx, line)
+
+    # decide
+
+    def _decide(self, recipients: Mapping[str, Recipient], prepared: Prepared, content: bytearray,
+                submitter: Submitter) -> Identity | None:
+        """The final action of each recipient, and who signs. Raises `MaloteError` when the whole message is refused."""
+        from_address = prepared.from_address
+        encrypted = decide_encrypted(content)
+        identities = self._identities()
+        exists = from_address in identities or f"@{domain_of(from_address)}" in identities
+        for recipient in recipients.values():
+            recipient.decision = decide_recipient(
+                self.config.rules, from_address, recipient.address, card=recipient.card is not None, had_card=recipient.had_card,
+                control=prepared.controls, encrypted=encrypted, identity=exists)
+        decisions = [recipient.decision for recipient in recipients.values()]
+        check_recipients(decisions)
+        check_mix(decisions)
+        sealing = any(decision.action is Action.SEAL for decision in decisions)
+        identity = decide_signer(identities, submitter, from_address) if sealing else None
+        for recipient in recipients.values():
+            recipient.action = recipient.decision.action
+        return identity
+
+    async def _digest(self, prepared: Prepared) -> bytes:
+        """What makes two submissions the same: the bytes after the removals, under a key that never leaves this store."""
+        key = await self._store.local_key("journal")
+        parts = prepared.stripped_parts
+        if len(prepared.submitted) <= INLINE_BYTES:
+            return hmac_sha256(key, *parts)
+        return await asyncio.get_running_loop().run_in_executor(self._executor, lambda: hmac_sha256(key, *parts))
+
+    # write down
+
+    async def _begin(self, submitter: Submitter, from_address: str, identity: Identity | None, digest: bytes,
+                     recipients: Mapping[str, Recipient]) -> SendPlan:
+        wanted = [SendRecipient(each.address, each.action is Action.SEAL) for each in recipients.values()]
+        if self._blob_to_self(identity, from_address, recipients):
+            wanted.append(SendRecipient(from_address, sealed=True))
+        skid = identity.signing.public.id if identity is not None else b""
+        return await self._store.begin_send(SendIntent(submitter.login, from_address, skid, digest, wanted, self.clock_ms()))
+
+    def _blob_to_self(self, identity: Identity | None, from_address: str, recipients: Mapping[str, Recipient]) -> bool:
+        return self.config.seal_to_self and identity is not None and from_address not in recipients
+
+    async def _letter(self, session: ClientSession, prepared: Prepared, identity: Identity | None,
+                      recipients: Mapping[str, Recipient], plan: SendPlan) -> Letter:
+        from_address = prepared.from_address
+        message_id = f"<{plan.submission_id.hex()}@{domain_of(from_address)}>"
+        original = complete(prepared, date_ms=plan.first_at_ms, message_id=message_id)
+        rows = {row.address: row for row in plan.rows}
+        known: Mapping[str, str] = {}
+        if identity is not None and (ids := threading_ids(original)):
+            known = await self._store.outer_ids(ids)
+        return Letter(
+            original=original, message_id=prepared.message_id or message_id, sender_address=from_address, identity=identity,
+            recipients=recipients, rows=rows, submission_id=plan.submission_id, sent_at_ms=plan.sent_at_ms,
+            received=received_line(self._host, session.protocol, self.clock_ms()), known_outer_ids=known, fold=self.config.fold,
+            to_self=rows[from_address] if self._blob_to_self(identity, from_address, recipients) else None,
+        )
+
+    # send
+
+    async def _deliver(self, delivery: Delivery, shown: frozenset[str], plan: SendPlan, turn: Turn, tx: Transaction,
+                       line: Line) -> Finished:
+        letter = delivery.letter
+        before = {address: Outcome(State.ACCEPTED, _BEFORE) for address in letter.recipients
+                  if address in turn.earlier or letter.rows[address].state is SendState.ACCEPTED}
+        groups = self._groups(letter, shown, before)
+        letter.self_group = _with_own_blob(groups, letter)
+        try:
+            await delivery.run(groups, tx)
+        finally:    # also when cut off: what is known to be accepted must not be sent again
+            outcomes = before | delivery.outcomes
+            turn.accepted.update((address, each.reply) for address, each in outcomes.items() if each.state is State.ACCEPTED)
+            self._count(line, letter, outcomes, delivery.copies)
+            done = all(outcome.state is State.ACCEPTED for outcome in outcomes.values())
+            await self._finish(plan, delivery, turn, wait=not done)
+        if delivery.outer_ids:
+            self._store.remember_outer_id(letter.message_id, delivery.outer_ids[0], self.clock_ms())
+        answer = decide_answer(outcomes, relay=self.config.partial_failure == "relay", can_notify=bool(tx.sender))
+        notify = [address for address in answer.notify if _wants_notice(letter.recipients[address].params)]
+        if notify and not await self._notify(notify, outcomes, delivery, tx):
+            return Finished(_NOT_NOTIFIED)
+        return Finished(answer.reply, plan if answer.reply.code // 100 == 2 else None)
+
+    def _groups(self, letter: Letter, shown: frozenset[str], before: Mapping[str, Outcome]) -> tuple[Group, ...]:
+        members = [
+            Member(each.address, each.action is Action.SEAL, each.decision.list, letter.rows[each.address].stream)
+            for each in letter.recipients.values() if each.address not in before
+        ]
+        return group_members(members, shown, reserve=1 if letter.to_self is not None else 0)
+
+    async def _finish(self, plan: SendPlan, delivery: Delivery, turn: Turn, *, wait: bool) -> None:
+        """Write the outcomes down. Nothing is taken back if that fails: what is in doubt in the journal is sent again under the
+        same number, and the receiver sees that it is the same."""
+        outcomes = {address: (_WRITTEN[each.state], str(each.reply)[:500]) for address, each in delivery.outcomes.items()}
+        for row in plan.rows:
+            if row.address in turn.earlier and row.address not in delivery.outcomes:
+                outcomes[row.address] = (Written.UNSENT, "")    # another took it: this number was never used
+        own, group = delivery.letter.to_self, delivery.letter.self_group
+        if own is not None:
+            shared = [outcomes[address] for address in group.addresses] if group is not None else []
+            outcomes[own.address] = min(shared, key=lambda each: _SELF_ORDER.index(each[0]), default=(Written.UNSENT, ""))
+        now_ms = self.clock_ms()
+        if not wait:
+            self._store.finish_send_later(plan, outcomes, now_ms)
+            return
+        try:
+            await self._store.finish_send(plan, outcomes, now_ms)
+        except StoreUnavailable as error:
+            log.warning("outcome not written down", id=plan.submission_id.hex(), error=type(error).__name__)
+
+    async def _notify(self, refused: Sequence[str], outcomes: Mapping[str, Outcome], delivery: Delivery, tx: Transaction) -> bool:
+        """Send the notification to the sender. False: it was not accepted (whatever the reason)."""
+        await tx.end()
+        letter, lane = delivery.letter, tx.lane
+        items = [Refused(address, outcomes[address].reply, str(letter.recipients[address].params.get("ORCPT", "")))
+                 for address in refused]
+        notice = make_notice(
+            items, sender=tx.sender, host=self._host, outer_headers=make_outer(letter).raw,
+            envelope_id=str(tx.params.get("ENVID", "")), token=random_bytes(16).hex(), now_ms=self.clock_ms())
+        try:
+            async with asyncio.timeout_at(delivery.deadline):
+                return await _send_notice(lane, tx.sender, notice)
+        except (UpstreamError, TimeoutError) as error:
+            log.warning("notification not sent", id=letter.submission_id.hex(), error=type(error).__name__)
+            return False
+
+    # tell
+
+    def _count(self, line: Line, letter: Letter, outcomes: Mapping[str, Outcome], copies: int) -> None:
+        for outcome in outcomes.values():
+            line.states[outcome.state] = line.states.get(outcome.state, 0) + 1
+        line.sealed = sum(recipient.action is Action.SEAL for recipient in letter.recipients.values())
+        line.plain = len(letter.recipients) - line.sealed
+        line.copies = copies
+        if line.states.get(State.ACCEPTED) == len(outcomes):
+            line.outcome = "sealed" if not line.plain else "plain" if not line.sealed else "split"
+        elif line.states.get(State.REFUSED) and not line.states.get(State.DEFERRED) and not line.states.get(State.IN_DOUBT):
+            line.outcome = "refused"
+
+    def _log(self, session: ClientSession, tx: Transaction, line: Line, code: int, took_ms: int) -> None:
+        states = {state.value.replace("-", "_"): count for state, count in line.states.items()}
+        log.info(
+            "message", id=line.id, direction="out", outcome=line.outcome, reply=code, session=session.id, bytes=line.size,
+            sealed=line.sealed, plain=line.plain, copies=line.copies, ms=took_ms, **states,
+            login=session.login, sender=tx.sender, recipients=[recipient.address for recipient in tx.recipients],
+        )
+        self._store.log_outcome(OutcomeEntry(
+            at_ms=self.clock_ms(), direction="out", outcome=line.outcome, account=session.login, message_id=line.id,
+            sender=line.from_address, recipients=len(tx.recipients), detail=str(code), took_ms=took_ms))
+
+
+# One blob serves several recipients of a copy: it went out as soon as it went out for one of them.
+_SELF_ORDER = (Written.ACCEPTED, Written.IN_DOUBT, Written.REFUSED, Written.UNSENT)
+
+
+def _with_own_blob(groups: Sequence[Group], letter: Letter) -> Group | None:
+    """The copy that a blob to the sender goes into: the first shared one, never a Bcc copy; and of the same numbering."""
+    own = letter.to_self
+    return next((group for group in groups if own is not None and group.kind in (Kind.VISIBLE, Kind.LIST)
+                 and letter.rows[group.addresses[0]].stream == own.stream), None)
+
+
+def _wants_notice(params: Params) -> bool:
+    """RFC 3461 4.1: without NOTIFY, failures are reported."""
+    notify = params.get("NOTIFY")
+    return notify is None or "FAILURE" in str(notify).upper()
+
+
+async def _send_notice(lane: Lane, sender: str, notice: bytes) -> bool:
+    params = mail_params({}, sealed=False, size=len(notice), addresses=[sender], utf8_header=not notice.isascii(),
+                         extensions=lane.extensions)
+    connection, reply = await lane.begin("", params)
+    try:
+        if reply.code // 100 != 2 or (await connection.rcpt(sender, {})).code // 100 != 2:
+            return False
+        return (await connection.data(notice))[0].code // 100 == 2
+    finally:
+        await lane.release(connection)
+
+
+__all__ = ["LOCAL", "Finished", "SendRow", "Submissions"]

@@ -1,0 +1,126 @@
+"""The state of one client transaction: its envelope, and the upstream transaction that was opened for it.
+
+Each RCPT of the client goes to the upstream server when it arrives, and the upstream's reply is the client's. MAIL goes
+together with the first RCPT: by then it is known whether the message will most likely be sealed, which its parameters depend on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+
+from malote.core.card import Card
+from malote.core.policy import Action, Decision
+from malote.errors import Reply, UpstreamError
+from malote.outgoing.desk import Params
+from malote.outgoing.envelope import estimated_size, mail_params
+from malote.outgoing.lanes import Lane
+from malote.outgoing.relay import UpstreamConnection
+
+
+@dataclass(slots=True, eq=False)
+class Recipient:
+    """One recipient of the client's envelope. The card found at RCPT stays: DATA does no second look-up."""
+
+    address: str                # canonical
+    path: str                   # as the client wrote it
+    params: Params              # NOTIFY, ORCPT, verbatim
+    card: Card | None
+    had_card: bool
+    decision: Decision          # from the envelope alone, then from the content too
+    action: Action | None = None    # final; None: not decided, and nothing may be sent
+    reply: asyncio.Future[Reply] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+
+    @property
+    def accepted(self) -> bool:
+        reply = self.reply
+        return reply.done() and not reply.cancelled() and reply.exception() is None and reply.result().code // 100 == 2
+
+
+class Transaction:
+    """From MAIL to the reply to DATA, RSET or the end of the connection."""
+
+    def __init__(self, sender: str, params: Params, lane: Lane, *, fold: bool) -> None:
+        self.sender = sender                            # as the client wrote it, "" is the null sender
+        self.params = params
+        self.lane = lane
+        self.opened_params: dict[str, str | bool] = {}
+        self.started = asyncio.get_running_loop().time()
+        self._fold = fold
+        self._recipients: dict[str, Recipient] = {}
+        self._asked: list[Recipient] = []               # in the order of their RCPT at the upstream server
+        self._opening: asyncio.Future[UpstreamConnection | Reply] | None = None
+        self._connection: UpstreamConnection | None = None
+        self._ended = False
+
+    @property
+    def recipients(self) -> list[Recipient]:
+        """Those that the upstream server accepted, in the order in which it did."""
+        return [recipient for recipient in self._asked if recipient.accepted]
+
+    @property
+    def connection(self) -> UpstreamConnection | None:
+        """With the upstream transaction open, ready for DATA; None if it has to be begun again."""
+        connection = self._connection
+        return connection if connection is not None and connection.usable and connection.in_transaction else None
+
+    async def rcpt(self, recipient: Recipient) -> Reply:
+        """Put one recipient to the upstream server; its reply. Raises `UpstreamError`. The same mailbox twice is asked once."""
+        known = self._recipients.get(recipient.address)
+        if known is not None:
+            return await asyncio.shield(known.reply)
+        self._recipients[recipient.address] = recipient
+        try:
+            opened = await self._open(recipient)
+            if isinstance(opened, Reply):
+                reply = opened
+            else:
+                self._asked.append(recipient)
+                reply = await opened.rcpt(recipient.path, recipient.params)
+        except BaseException as error:
+            del self._recipients[recipient.address]
+            if isinstance(error, UpstreamError):
+                recipient.reply.set_exception(error)
+                recipient.reply.exception()     # read: nobody else may be waiting for it
+            else:
+                recipient.reply.cancel()
+            raise
+        recipient.reply.set_result(reply)
+        if not recipient.accepted:
+            del self._recipients[recipient.address]
+        return reply
+
+    async def _open(self, first: Recipient) -> UpstreamConnection | Reply:
+        """The connection with MAIL accepted, or the reply that refused MAIL. One attempt for all recipients."""
+        if self._opening is not None:
+            return await asyncio.shield(self._opening)
+        self._opening = asyncio.get_running_loop().create_future()
+        try:
+            opened = await self._begin(first)
+        except BaseException as error:
+            self._opening.set_exception(error if isinstance(error, UpstreamError) else UpstreamError("opening was given up"))
+            self._opening.exception()
+            raise
+        self._opening.set_result(opened)
+        return opened
+
+    async def _begin(self, first: Recipient) -> UpstreamConnection | Reply:
+        sealed = first.decision.action is Action.SEAL
+        extensions = self.lane.extensions
+        limit = extensions.get("SIZE", "")
+        size = estimated_size(self.params, sealed=sealed, fold=self._fold, limit=int(limit) if limit.isdigit() else 0)
+        self.opened_params = mail_params(self.params, sealed=sealed, size=size, addresses=(self.sender, first.path),
+                                         utf8_header=False, extensions=extensions)
+        connection, reply = await self.lane.begin(self.sender, self.opened_params)
+        if self._ended or reply.code // 100 != 2:
+            await self.lane.release(connection)
+            return reply
+        self._connection = connection
+        return connection
+
+    async def end(self) -> None:
+        """Give the upstream connection back; an open transaction is reset. May be called again."""
+        self._ended = True
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            await self.lane.release(connection)
