@@ -1,0 +1,215 @@
+"""Where opened messages go over IMAP: the same folder or one of their own; each copy is verified before it counts.
+
+A delivery may be tried again after a crash at any point. The mark in a copy's header says which message it is, so that a second
+try finds what the first one left. Maildir delivery is in `maildir`.
+"""
+
+from __future__ import annotations
+
+import base64
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from malote.core import status
+from malote.core.message import header_fields
+from malote.errors import FormatError, MailboxError
+from malote.incoming.account import Mark, mark_of
+from malote.incoming.arbiter import Copy
+from malote.incoming.mailbox import Fetched, Folder
+from malote.incoming.session import Session
+
+_BARE_CR = re.compile(rb"\r(?!\n)")
+_WRAPPED_FIELDS = frozenset({"from", "to", "cc", "subject", "date", "message-id", "in-reply-to", "references", "reply-to"})
+_WRAPPED_NOTE = (
+    b"This message holds bytes that a mailbox cannot store. It is attached here as\r\n"
+    b"a file, exactly as it was written.\r\n"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Why a message was not delivered; `code` is the response code of the mailbox, as OVERQUOTA, or a word of ours."""
+
+    code: str
+
+
+ALTERED = Failure("ALTERED")            # stored, but not as it was given
+NOT_STORED = Failure("NOT-STORED")      # said to be stored, and not to be found
+
+
+@dataclass(slots=True)
+class Parcel:
+    """One opened message on its way to where it is read."""
+
+    uid: int                        # of the sealed original
+    mark: Mark
+    raw: bytes                      # what is delivered, our headers included
+    flags: tuple[str, ...]
+    internal_date: str              # as IMAP gave it
+    internal_date_ms: int
+    again: bool                     # judged before: an earlier try may have left its copy
+    other: int | None = None        # UID of a copy that another device has put there already
+    copy: int | None = None         # UID of the verified copy; 0 where it has none here (Maildir, or filed by a person)
+    own: bool = False               # the copy is ours to take back
+    failure: Failure | None = None
+
+
+class Delivery(Protocol):
+    """Gives each parcel its `copy` or its `failure`. Raises `MailboxLost` when nothing more can be said."""
+
+    async def deliver(self, session: Session, source: Folder, parcels: Sequence[Parcel]) -> None: ...
+
+    async def copies(self, session: Session, source: Folder, message: str) -> list[Copy]:
+        """The marked copies of one message, by whatever device."""
+        ...
+
+    async def withdraw(self, session: Session, source: Folder, uid: int) -> None:
+        """Take a copy of ours back."""
+        ...
+
+    async def reflag(self, session: Session, source: Folder, parcel: Parcel, flags: Sequence[str]) -> None:
+        """A person has changed the flags of the original since: the copy gets them too."""
+        ...
+
+
+# --- what IMAP can carry ---
+
+def carriable(original: bytes) -> bytes:
+    """The original, or, where it holds a NUL or a lone CR, a small message with the original attached in base64."""
+    return wrapped(original) if b"\0" in original or _BARE_CR.search(original) else original
+
+
+def wrapped(original: bytes) -> bytes:
+    """A message that says what it is, with the whole original attached as a file; pure US-ASCII."""
+    try:
+        fields = [field.raw for field in header_fields(original) if field.name in _WRAPPED_FIELDS and _plain(field.raw)]
+    except FormatError:
+        fields = []
+    head = b"".join(b"\r\n".join(raw.splitlines()) + b"\r\n" for raw in fields)
+    boundary = b"--=_malote_attached"       # `=_` occurs neither in base64 nor in the note
+    return b"".join((
+        head, b'MIME-Version: 1.0\r\nContent-Type: multipart/mixed; boundary="=_malote_attached"\r\n\r\n',
+        boundary, b"\r\nContent-Type: text/plain; charset=us-ascii\r\n\r\n", _WRAPPED_NOTE, b"\r\n",
+        # not message/rfc822: RFC 2046 5.2.1 allows no base64 there
+        boundary, b'\r\nContent-Type: application/octet-stream; name="message.eml"\r\n'
+        b'Content-Transfer-Encoding: base64\r\nContent-Disposition: attachment; filename="message.eml"\r\n\r\n',
+        base64.encodebytes(original).replace(b"\n", b"\r\n"), boundary, b"--\r\n",
+    ))
+
+
+def _plain(raw: bytes) -> bool:
+    return raw.isascii() and b"\0" not in raw and not _BARE_CR.search(raw)
+
+
+def same_message(stored: bytes, sent: bytes) -> bool:
+    """Whether the mailbox kept what it was given. Servers may change line ends (bare LF becomes CRLF), nothing else."""
+    return stored == sent or stored.replace(b"\r\n", b"\n") == sent.replace(b"\r\n", b"\n")
+
+
+def same_content(stored: bytes, sent: bytes) -> bool:
+    """Whether two copies were opened from the same message: our own headers may differ (another device, another time)."""
+    return same_message(status.delivered_content(stored), status.delivered_content(sent))
+
+
+# --- IMAP ---
+
+class ImapDelivery:
+    """APPEND with a mark, then FETCH what was stored and compare. `target`: None for the folder that the original is in."""
+
+    def __init__(self, target: Folder | None) -> None:
+        self._target = target
+
+    async def deliver(self, session: Session, source: Folder, parcels: Sequence[Parcel]) -> None:
+        target = self._target or source
+        for parcel in parcels:
+            if parcel.again or parcel.other is not None:
+                await self._find_earlier(session, target, parcel)
+        new = [parcel for parcel in parcels if parcel.copy is None]
+        if new:
+            await self._append(session, target, new)
+            await self._verify(session, target, [parcel for parcel in new if parcel.failure is None])
+
+    async def copies(self, session: Session, source: Folder, message: str) -> list[Copy]:
+        await session.enter(self._target or source)
+        found = await session.box.search(f'HEADER Malote-Mark "{message}"')
+        peeked = await session.box.peek_headers(found, ("Malote-Mark",)) if found else []
+        marks = ((mark_of(peek.header), peek.uid) for peek in peeked)
+        return [Copy(mark, uid) for mark, uid in marks if mark is not None and mark.message == message]
+
+    async def withdraw(self, session: Session, source: Folder, uid: int) -> None:
+        await session.enter(self._target or source)
+        await session.box.expunge([uid])
+
+    async def reflag(self, session: Session, source: Folder, parcel: Parcel, flags: Sequence[str]) -> None:
+        if not parcel.copy:
+            return
+        await session.enter(self._target or source)
+        await session.box.store_flags([parcel.copy], add=[flag for flag in flags if flag not in parcel.flags],
+                                      remove=[flag for flag in parcel.flags if flag not in flags])
+
+    async def _find_earlier(self, session: Session, target: Folder, parcel: Parcel) -> None:
+        """A copy that is there already and whole serves (IMAP keeps no half of an APPEND)."""
+        for copy in await self.copies(session, target, parcel.mark.message):
+            own = copy.mark == parcel.mark
+            if not own and copy.uid != parcel.other:
+                continue
+            stored = await session.box.fetch(copy.uid)
+            if stored is not None and same_content(stored.raw, parcel.raw):
+                parcel.copy, parcel.own = copy.uid, own
+                return
+        if parcel.again and await self._is_elsewhere(session, parcel):
+            parcel.copy = 0
+
+    async def _is_elsewhere(self, session: Session, parcel: Parcel) -> bool:
+        """Whether a person's own client has filed our copy in another folder already."""
+        for folder in await session.box.list_folders():
+            if not folder.selectable:
+                continue
+            try:
+                await session.enter(folder)
+                uids = await session.box.search(f'HEADER Malote-Mark "{parcel.mark}"')
+                copies: list[Fetched] = await session.fetch_all(uids)
+            except MailboxError as error:
+                if session.box.lost.is_set():
+                    raise
+                if error.code not in _NOT_READABLE:
+                    raise
+                continue        # a folder that we may not read holds nothing of ours
+            if any(same_content(stored.raw, parcel.raw) for stored in copies):
+                return True
+        return False
+
+    async def _append(self, session: Session, target: Folder, parcels: Sequence[Parcel]) -> None:
+        items = [(parcel.raw, parcel.flags, parcel.internal_date) for parcel in parcels]
+        for parcel, answer in zip(parcels, await session.box.append_many(target, items), strict=True):
+            if isinstance(answer, MailboxError):
+                parcel.failure = Failure(answer.code or "NO")
+            else:
+                parcel.copy, parcel.own = answer.uid if answer is not None else None, True
+
+    async def _verify(self, session: Session, target: Folder, parcels: Sequence[Parcel]) -> None:
+        for parcel in parcels:
+            if parcel.copy is None:     # no UIDPLUS: find it by its mark
+                copies = await self.copies(session, target, parcel.mark.message)
+                parcel.copy = max((copy.uid for copy in copies if copy.mark == parcel.mark), default=None)
+        stored = {fetched.uid: fetched.raw for fetched in await session.fetch_new(target, _copies(parcels))}
+        for parcel in parcels:
+            content = stored.get(parcel.copy or 0)
+            if content is not None and same_message(content, parcel.raw):
+                continue
+            if content is not None and parcel.copy:
+                await self.withdraw(session, target, parcel.copy)
+                parcel.copy, parcel.failure = None, ALTERED
+            elif await self._is_elsewhere(session, parcel):
+                parcel.copy = 0
+            else:
+                parcel.copy, parcel.failure = None, NOT_STORED
+
+
+_NOT_READABLE = frozenset({"NO", "NOPERM", "NONEXISTENT", "NOSELECT", "NOUIDVALIDITY", "UIDNOTSTICKY", "INUSE", "UNAVAILABLE"})
+
+
+def _copies(parcels: Iterable[Parcel]) -> list[int]:
+    return [parcel.copy for parcel in parcels if parcel.copy]

@@ -1,0 +1,140 @@
+"""From the bytes of one message to what it is and what it says. The receiver and the offline commands share it."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from functools import lru_cache
+from typing import TypeVarTuple
+
+import structlog
+
+from malote.core import status
+from malote.core.address import domain_of
+from malote.core.card import Card, parse_card
+from malote.core.open import Opened, Unsealed, authenticate, unseal
+from malote.core.parts import FoundParts, find_parts
+from malote.errors import Unreadable
+from malote.incoming.account import AccountKeys, Mark, mark_of
+from malote.incoming.mailbox import Fetched
+from malote.store import Store
+
+THREAD_BYTES = 256 * 1024       # larger messages are opened in a thread: below, the hand-over costs more than it gives
+
+Ts = TypeVarTuple("Ts")
+
+log = structlog.get_logger("malote.incoming")
+
+
+class Kind(StrEnum):
+    """What one message is to us."""
+
+    PLAIN = "plain"         # nothing of ours in it, or a sealed message that somebody passed on as an attachment
+    OURS = "ours"           # a copy that a device of this account has opened
+    FORGED = "forged"       # carries a header of ours that we did not make
+    UNREADABLE = "unreadable"   # sealed, and cannot be opened
+    SEALED = "sealed"       # decrypted, and not yet proven
+    OPENED = "opened"       # proven as far as it can be, see `Opened`
+
+
+@dataclass(slots=True)
+class Letter:
+    """One message and what was found out about it."""
+
+    fetched: Fetched
+    started: float                      # monotonic seconds, for the log
+    kind: Kind = Kind.PLAIN
+    reason: str = ""                    # of UNREADABLE, for the local log
+    mark: Mark | None = None            # of OURS
+    unsealed: Unsealed | None = field(default=None, repr=False)     # of SEALED and OPENED
+    opened: Opened | None = field(default=None, repr=False)         # of OPENED
+
+    @property
+    def uid(self) -> int:
+        return self.fetched.uid
+
+    @property
+    def message_id(self) -> str:
+        """The manifest id in hex, as the log names messages; "" for what was not opened."""
+        return self.unsealed.manifest.id.hex() if self.unsealed is not None else ""
+
+
+class Opener:
+    """Opens letters with the keys of one account and the cards of the store."""
+
+    def __init__(self, store: Store, keys: AccountKeys) -> None:
+        self._store = store
+        self._keys = keys
+
+    async def open(self, fetched: Sequence[Fetched]) -> list[Letter]:
+        """Examine, decrypt and prove. One hostile message never stops the others: it is UNREADABLE."""
+        letters = [Letter(message, time.monotonic()) for message in fetched]
+        for letter in letters:
+            await _off_loop(len(letter.fetched.raw), self._examine, letter)
+        sealed = [letter for letter in letters if letter.kind is Kind.SEALED]
+        cards = await find_cards(self._store, {letter.unsealed.sender for letter in sealed if letter.unsealed is not None})
+        cards |= self._keys.cards       # mail to oneself
+        for letter in sealed:
+            await _off_loop(len(letter.fetched.raw), _prove, letter, cards)
+        return letters
+
+    def _examine(self, letter: Letter) -> None:
+        try:
+            examine(letter, self._keys)
+        except Unreadable as error:
+            letter.kind, letter.reason = Kind.UNREADABLE, error.reason
+        except Exception as error:  # noqa: BLE001 -- whatever a hostile message sets off, the mailbox goes on; the class is logged
+            log.error("message set off a fault", uid=letter.uid, fault=type(error).__name__)    # noqa: TRY400 -- never its text
+            letter.kind, letter.reason = Kind.UNREADABLE, "fault"
+
+
+def examine(letter: Letter, keys: AccountKeys) -> None:
+    """Look for parts of ours, and decrypt what is found. Raises `Unreadable`."""
+    raw = letter.fetched.raw
+    if any(status.carries_status(raw, name) for name in keys.authserv_ids):
+        ours = any(status.check_delivered(key, raw) for key in keys.mac_keys)
+        letter.kind, letter.mark = (Kind.OURS, mark_of(raw)) if ours else (Kind.FORGED, None)
+        return
+    found = find_parts(raw)
+    if found is None or _passed_on(found):
+        return
+    letter.unsealed = unseal(found, keys.pairs)
+    letter.kind = Kind.SEALED
+
+
+def _passed_on(found: FoundParts) -> bool:
+    """Everything of ours lies in an attached message: it was sent to somebody, and is not opened as this one's content."""
+    return not found.damaged and all(blob.forwarded for blob in found.blobs) and all(part.forwarded for part in found.payloads)
+
+
+def _prove(letter: Letter, cards: Mapping[str, Card]) -> None:
+    unsealed = letter.unsealed
+    if unsealed is None:
+        return
+    # a person's own card counts before that of the domain: a gateway cannot speak for who has a key
+    card = cards.get(unsealed.sender) or cards.get("@" + domain_of(unsealed.sender))
+    letter.opened = authenticate(unsealed, card)
+    letter.kind = Kind.OPENED
+
+
+async def find_cards(store: Store, senders: set[str]) -> dict[str, Card]:
+    """The cards of the senders and of their domains, as far as there are any."""
+    if not senders:
+        return {}
+    records = await store.cards([*senders, *{"@" + domain_of(sender) for sender in senders}])
+    return {address: _card(record.card_raw) for address, record in records.items()}
+
+
+@lru_cache(maxsize=2000)        # parsing a card and loading its keys costs as much as using them; 8 KB each
+def _card(raw: bytes) -> Card:
+    return parse_card(raw)
+
+
+async def _off_loop(size: int, function: Callable[[*Ts], None], *arguments: *Ts) -> None:
+    if size > THREAD_BYTES:
+        await asyncio.to_thread(function, *arguments)
+    else:
+        function(*arguments)

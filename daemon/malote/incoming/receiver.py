@@ -1,0 +1,376 @@
+"""Incoming mail, a batch of messages at a time: gather, decide, act.
+
+For each message the order is fixed (design, Incoming): the judgement is written down as not delivered; the opened copy is
+delivered and verified; the original is moved away, which also decides between two watchers; the delivery is written down. A
+batch goes through these steps together, so that many messages share a round trip and a commit. After a crash at any point the
+next run finds out from the store, the marks and the folders what was done.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from malote.config import AccountConfig
+from malote.core import status
+from malote.core.freshness import Arrival, FreshnessLimits, sentence
+from malote.core.message import header_fields
+from malote.errors import FormatError, MailboxError
+from malote.incoming.account import AccountKeys
+from malote.incoming.arbiter import CONTEST_MS, Contests, decide_after_lost_move, decide_contest
+from malote.incoming.delivery import Delivery, Failure, Parcel, carriable, wrapped
+from malote.incoming.foreign import ForeignFolders
+from malote.incoming.mailbox import Fetched, Folder
+from malote.incoming.opening import Kind, Letter, Opener
+from malote.incoming.outcomes import Outcomes
+from malote.incoming.session import Folders, Session
+from malote.store import Attempt, Store, Stored
+
+RETRY_FIRST_MS = 60_000             # of a message that could not be delivered; doubled each time
+RETRY_MOST_MS = 6 * 3_600_000
+NEVER_MS = 2**53                    # until the keys change
+UNREADABLE_KEYWORD = "$MaloteUnreadable"
+MAX_RECENT = 10_000                 # of what was delivered lately: about 100 bytes each
+# Not the message's fault: another form of it would fare no better
+NO_ROOM = frozenset({"OVERQUOTA", "LIMIT", "TOOBIG", "INUSE", "UNAVAILABLE", "TRYCREATE", "NONEXISTENT", "NOPERM", "DISK",
+                     "NOT-STORED"})
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a batch comes from, and what is known of when it came."""
+
+    folder: Folder
+    uidvalidity: int
+    last_sync_ms: int | None        # our previous complete look at the folder; None: there was none, or it waited since then
+    keywords: bool                  # whether the folder keeps keywords
+    waiting: Mapping[int, Attempt] = field(default_factory=dict)    # messages tried before: UID -> when, and why they failed
+
+
+@dataclass(slots=True)
+class Judged:
+    """An opened message with its judgement, and, once it is to be delivered, what is delivered."""
+
+    letter: Letter
+    stored: Stored
+    parcel: Parcel | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Moves:
+    """What became of originals: new UID by UID; and what the server would not move, with its code. All others were gone."""
+
+    moved: dict[int, int]
+    stuck: dict[int, str]
+
+
+class Receiver:
+    """Receives the mail of one account over one session."""
+
+    def __init__(self, account: AccountConfig, *, store: Store, keys: AccountKeys, opener: Opener, delivery: Delivery,
+                 folders: Folders, foreign: ForeignFolders, contests: Contests, outcomes: Outcomes, limits: FreshnessLimits,
+                 device: str, clock: Callable[[], int]) -> None:
+        self._account = account
+        self._store = store
+        self._keys = keys
+        self._opener = opener
+        self._delivery = delivery
+        self._folders = folders
+        self._foreign = foreign
+        self._contests = contests
+        self._outcomes = outcomes
+        self._limits = limits
+        self._device = device
+        self._clock = clock
+        self._recent: OrderedDict[str, None] = OrderedDict()        # first halves of marks that we have delivered
+        self.own_copies: dict[tuple[bytes, int], set[int]] = {}     # (folder, uidvalidity) -> UIDs, not to be looked at again
+
+    async def receive(self, session: Session, place: Place, uids: Sequence[int]) -> list[int]:
+        """Deal with these messages. Returns those that must come in a later batch: repeats of one in this batch.
+
+        Raises `MailboxLost`, `MailboxError`, `StoreUnavailable`: then nothing is lost, and the batch is to be tried again.
+        """
+        await self.catch_up(session)
+        await session.enter(place.folder)
+        fetched, refused = await self._fetch(session, uids)
+        letters = await self._opener.open(fetched)
+        batch, postponed = first_of_each(letter for letter in letters if letter.kind is Kind.OPENED)
+        others = self._others(letters)
+        judged = await self._judge(place, batch)
+        await self._deliver(session, place, [item for item in judged if item.stored.judgement.deliver], others)
+        await self._quarantine(session, place, [item for item in judged if item.stored.judgement.quarantine],
+                               [letter for letter in letters if letter.kind is Kind.FORGED])
+        await self._set_aside(session, place, [letter for letter in letters if letter.kind is Kind.UNREADABLE])
+        for uid, code in refused:
+            await self._try_later(place, uid, code)
+        return postponed
+
+    async def catch_up(self, session: Session) -> None:
+        """Record what other devices have opened. What a try of ours had judged and did not finish may have two copies now."""
+        for letter in await self._foreign.record(session, (self._folders.sealed, self._folders.quarantine)):
+            if letter.unsealed is not None:
+                self._contests.open(self._keys.mark(letter.unsealed.payload_digest, self._device).message, self._clock())
+
+    # --- gather ---
+
+    async def _fetch(self, session: Session, uids: Sequence[int]) -> tuple[list[Fetched], list[tuple[int, str]]]:
+        """The messages; and those that the server refuses to give, with its code: one damaged file must not stop the rest."""
+        try:
+            return await session.fetch_all(uids), []
+        except MailboxError:
+            if session.box.lost.is_set():
+                raise
+        fetched: list[Fetched] = []
+        refused: list[tuple[int, str]] = []
+        for uid in uids:
+            try:
+                fetched += await session.fetch_all([uid])
+            except MailboxError as error:
+                if session.box.lost.is_set():
+                    raise
+                refused.append((uid, error.code))
+        return fetched, refused
+
+    def _others(self, letters: Sequence[Letter]) -> dict[str, int]:
+        """Copies that other devices have put into this folder: message -> UID. Two copies of one message are contested."""
+        others: dict[str, int] = {}
+        for letter in letters:
+            mark = letter.mark
+            if letter.kind is Kind.OURS and mark is not None and mark.device != self._device:
+                others[mark.message] = letter.uid
+                if mark.message in self._recent:
+                    self._contests.open(mark.message, self._clock())
+        return others
+
+    # --- decide ---
+
+    async def _judge(self, place: Place, letters: Sequence[Letter]) -> list[Judged]:
+        now_ms = self._clock()
+        opened = [(letter, letter.opened) for letter in letters if letter.opened is not None]
+        stored = await asyncio.gather(*(
+            self._store.judge(message.claim(self._account.name),
+                              Arrival(now_ms, letter.fetched.internal_date_ms, place.last_sync_ms), self._limits)
+            for letter, message in opened))
+        return [Judged(letter, row) for (letter, _), row in zip(opened, stored, strict=True)]
+
+    # --- act: deliver ---
+
+    async def _deliver(self, session: Session, place: Place, judged: Sequence[Judged], others: dict[str, int]) -> None:
+        if not judged:
+            return
+        for item in judged:
+            item.parcel = self._parcel(place, item, others)
+        await self._delivery.deliver(session, place.folder, _parcels(judged))
+        changed = [item for item in judged if item.parcel is not None and item.parcel.failure is not None
+                   and item.parcel.failure.code not in NO_ROOM]
+        if changed:     # what the server did not take or keep as it is goes as an attachment, which any server keeps
+            for item in changed:
+                item.parcel = self._parcel(place, item, others, wrap=True)
+            await self._delivery.deliver(session, place.folder, _parcels(changed))
+        delivered = [item for item in judged if item.parcel is not None and item.parcel.copy is not None]
+        if delivered:
+            await self._take_over(session, place, delivered)
+        for item in judged:
+            if item.parcel is not None and item.parcel.failure is not None:
+                await self._fail(place, item, item.parcel.failure)
+
+    async def _take_over(self, session: Session, place: Place, delivered: Sequence[Judged]) -> None:
+        """The copies are verified: move the originals away, settle who did, and write it down."""
+        self._note_copies(place, delivered)
+        await self._follow_flags(session, place, delivered)
+        moves = await self._move(session, place, [item.letter.uid for item in delivered], self._folders.sealed)
+        lost = [item for item in delivered if item.letter.uid not in moves.moved and item.letter.uid not in moves.stuck]
+        if lost:
+            await self._arbitrate(session, place, lost)
+        await self._finish(place, delivered, "opened")
+        for uid, code in moves.stuck.items():       # delivered; a later look finds a duplicate there and moves that away
+            await self._try_later(place, uid, code)
+
+    def _parcel(self, place: Place, item: Judged, others: dict[str, int], *, wrap: bool = False) -> Parcel:
+        letter, opened = item.letter, item.letter.opened
+        assert opened is not None       # noqa: S101 -- only opened letters are judged
+        judgement = item.stored.judgement
+        mark = self._keys.mark(opened.unsealed.payload_digest, self._device)
+        original = opened.original
+        for name in self._keys.authserv_ids:
+            original = status.strip_forged(original, name)
+        content = original
+        if self._account.deliver != "maildir" or wrap:
+            content = wrapped(original) if wrap else carriable(original)
+        claim = opened.claim(opened.unsealed.recipient)
+        text = sentence(judgement.verdict, claim, arrived_ms=letter.fetched.internal_date_ms, notes=judgement.notes,
+                        first=judgement.first)
+        headers = status.make_headers(self._keys.mac_key, self._keys.authserv_id, judgement, text, str(mark), content)
+        fetched = letter.fetched
+        return Parcel(
+            uid=fetched.uid, mark=mark, raw=status.deliverable(content, received_lines(fetched.raw), headers),
+            flags=kept_flags(fetched.flags, keywords=place.keywords), internal_date=fetched.internal_date,
+            internal_date_ms=fetched.internal_date_ms, again=not item.stored.first, other=others.get(mark.message),
+        )
+
+    def _note_copies(self, place: Place, delivered: Sequence[Judged]) -> None:
+        if self._folders.target is None and self._account.deliver == "replace":
+            own = self.own_copies.setdefault((place.folder.wire, place.uidvalidity), set())
+            own.update(item.parcel.copy for item in delivered if item.parcel is not None and item.parcel.copy)
+        for item in delivered:
+            if item.parcel is not None:
+                self._recent[item.parcel.mark.message] = None
+        while len(self._recent) > MAX_RECENT:
+            self._recent.popitem(last=False)
+
+    async def _follow_flags(self, session: Session, place: Place, delivered: Sequence[Judged]) -> None:
+        """A person may have read or flagged the original since it was fetched; after the MOVE nobody sees its flags."""
+        await session.enter(place.folder)
+        now = {peeked.uid: kept_flags(peeked.flags, keywords=place.keywords)
+               for peeked in await session.box.peek_headers([item.letter.uid for item in delivered], ("Malote",))}
+        for item in delivered:
+            parcel = item.parcel
+            if parcel is not None and set(now.get(parcel.uid, parcel.flags)) != set(parcel.flags):
+                await self._delivery.reflag(session, place.folder, parcel, now[parcel.uid])
+
+    async def _move(self, session: Session, place: Place, uids: Sequence[int], target: Folder) -> Moves:
+        await session.enter(place.folder)
+        stuck: dict[int, str] = {}
+        try:
+            moved = await session.box.move(uids, target) if uids else {}
+        except MailboxError as error:
+            if session.box.lost.is_set():
+                raise
+            if len(uids) == 1:
+                return Moves({}, {uids[0]: error.code})
+            moved = {}
+            for uid in uids:        # one that the server cannot move must not hold the others
+                single = await self._move(session, place, [uid], target)
+                moved |= single.moved
+                stuck |= single.stuck
+        self._foreign.note_own(target, [uid for uid in moved.values() if uid])
+        return Moves(moved, stuck)
+
+    async def _arbitrate(self, session: Session, place: Place, lost: Sequence[Judged]) -> None:
+        """The originals are gone: another watcher has moved them away, or a person has (see `arbiter`)."""
+        asked_ms = self._clock()
+        sealed = {letter.unsealed.payload_digest for letter in await self._foreign.look(session, self._folders.sealed)
+                  if letter.unsealed is not None}
+        for item in lost:
+            parcel, unsealed = item.parcel, item.letter.unsealed
+            if parcel is None or unsealed is None or not parcel.copy or not parcel.own:
+                continue
+            copies = await self._delivery.copies(session, place.folder, parcel.mark.message)
+            late = self._clock() - asked_ms > CONTEST_MS // 2
+            if decide_after_lost_move(parcel.mark, copies, original_is_sealed=unsealed.payload_digest in sealed, late=late):
+                self._contests.open(parcel.mark.message, self._clock())
+            else:
+                await self._delivery.withdraw(session, place.folder, parcel.copy)
+
+    async def _finish(self, place: Place, done: Sequence[Judged], outcome: str) -> None:
+        await asyncio.gather(*(self._store.mark_delivered(item.stored.row_id) for item in done if item.stored.row_id is not None))
+        for item in done:
+            manifest = item.letter.opened.manifest if item.letter.opened is not None else None
+            outer_id = next((value for name, value in manifest.outer if name.lower() == "message-id"), "") if manifest else ""
+            if manifest is not None and manifest.message_id and outer_id:
+                self._store.remember_outer_id(manifest.message_id, outer_id, self._clock())     # for the outer header of replies
+            self._outcomes.note(item.letter, outcome, item.stored.judgement.verdict)
+        await self._forget_attempts(place, [item.letter.uid for item in done])
+
+    async def _forget_attempts(self, place: Place, uids: Iterable[int]) -> None:
+        for uid in uids:
+            if uid in place.waiting:
+                await self._store.clear_attempt(self._account.name, place.folder.name, place.uidvalidity, uid)
+
+    # --- act: everything else ---
+
+    async def _quarantine(self, session: Session, place: Place, judged: Sequence[Judged], forged: Sequence[Letter]) -> None:
+        letters = [*(item.letter for item in judged), *forged]
+        if not letters:
+            return
+        moves = await self._move(session, place, [letter.uid for letter in letters], self._folders.quarantine)
+        await self._finish(place, [item for item in judged if item.letter.uid in moves.moved], "quarantined")
+        for letter in forged:
+            if letter.uid in moves.moved:
+                self._outcomes.note(letter, "quarantined", "FORGED")
+                await self._forget_attempts(place, [letter.uid])
+        for uid, code in moves.stuck.items():
+            await self._try_later(place, uid, code)
+
+    async def _set_aside(self, session: Session, place: Place, letters: Sequence[Letter]) -> None:
+        """Unreadable mail stays where it is, marked, and is not tried again before the keys change."""
+        if not letters:
+            return
+        now_ms = self._clock()
+        for letter in letters:
+            attempt = Attempt(self._account.name, place.folder.name, place.uidvalidity, letter.uid, 1, NEVER_MS,
+                              unreadable_reason(self._keys))
+            await self._store.put_attempt(attempt, now_ms)
+            self._outcomes.note(letter, "unreadable", "UNREADABLE", detail=letter.reason)
+        if place.keywords:
+            await session.enter(place.folder)
+            with contextlib.suppress(MailboxError):     # a courtesy; a lost connection shows itself at the next command
+                await session.box.store_flags([letter.uid for letter in letters], add=[UNREADABLE_KEYWORD])
+
+    async def _fail(self, place: Place, item: Judged, failure: Failure) -> None:
+        await self._try_later(place, item.letter.uid, failure.code)
+        self._outcomes.note(item.letter, "failed", item.stored.judgement.verdict, detail=failure.code)
+
+    async def _try_later(self, place: Place, uid: int, code: str) -> None:
+        earlier = place.waiting.get(uid)
+        count = earlier.count + 1 if earlier is not None else 1
+        delay_ms = min(RETRY_FIRST_MS * 2 ** min(count - 1, 20), RETRY_MOST_MS)
+        now_ms = self._clock()
+        await self._store.put_attempt(
+            Attempt(self._account.name, place.folder.name, place.uidvalidity, uid, count, now_ms + delay_ms, code), now_ms)
+
+    # --- contests ---
+
+    async def settle_contests(self, session: Session, source: Folder) -> None:
+        """Where two devices have each left a copy and nobody knows who won, one of them takes its own back."""
+        for message in self._contests.due(self._clock()):
+            copies = await self._delivery.copies(session, source, message)
+            ours = [copy for copy in copies if copy.mark.device == self._device]
+            if ours and not decide_contest(ours[0].mark, copies):
+                for copy in ours:
+                    await self._delivery.withdraw(session, source, copy.uid)
+            self._contests.close(message)
+
+
+def unreadable_reason(keys: AccountKeys) -> str:
+    """Names the keys that could not open it: with others it is tried again."""
+    return f"unreadable {keys.generation}"
+
+
+def first_of_each(letters: Iterable[Letter]) -> tuple[list[Letter], list[int]]:
+    """The first letter of each message, and the UIDs of repeats: those are judged when the first is delivered or not."""
+    seen: set[object] = set()
+    first: list[Letter] = []
+    repeats: list[int] = []
+    for letter in letters:
+        unsealed = letter.unsealed
+        if unsealed is None:
+            continue
+        names = {unsealed.payload_digest, (unsealed.sender, unsealed.manifest.id)}
+        if names & seen:
+            repeats.append(letter.uid)
+        else:
+            first.append(letter)
+        seen |= names
+    return first, repeats
+
+
+def kept_flags(flags: Sequence[str], *, keywords: bool) -> tuple[str, ...]:
+    """The flags that the opened copy gets: those of the original, but for what the server or we ourselves have set."""
+    return tuple(flag for flag in flags if flag.lower() not in {"\\recent", UNREADABLE_KEYWORD.lower()}
+                 and (keywords or flag.startswith("\\")))
+
+
+def received_lines(raw: bytes) -> list[bytes]:
+    """The Received fields at the top level of the sealed message: how it came here."""
+    try:
+        return [field.raw for field in header_fields(raw) if field.name == "received"]
+    except FormatError:
+        return []
+
+
+def _parcels(judged: Sequence[Judged]) -> list[Parcel]:
+    return [item.parcel for item in judged if item.parcel is not None]

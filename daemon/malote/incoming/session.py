@@ -1,0 +1,64 @@
+"""One connection to a mailbox and the folders of the configuration on it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from malote.config import AccountConfig
+from malote.incoming.mailbox import Fetched, Folder, Mailbox, Selected
+
+
+@dataclass(frozen=True, slots=True)
+class Folders:
+    """What the names of the configuration mean on this server."""
+
+    watched: tuple[Folder, ...]
+    missing: tuple[str, ...]        # names of the configuration that the server does not know
+    sealed: Folder
+    quarantine: Folder
+    target: Folder | None           # with deliver = "folder"
+
+
+class Session:
+    """A connection, and which folder it is in: one is selected only when it has to be."""
+
+    def __init__(self, box: Mailbox) -> None:
+        self.box = box
+
+    async def enter(self, folder: Folder, *, fresh: bool = False) -> Selected:
+        """Select `folder` unless it is. `fresh`: again in any case, for its present UIDNEXT and number of messages."""
+        selected = self.box.selected
+        if fresh or selected is None or selected.folder.wire != folder.wire:
+            selected = await self.box.select(folder)
+        return selected
+
+    async def fetch_all(self, uids: Sequence[int]) -> list[Fetched]:
+        """Those messages of the selected folder that are still there."""
+        return [fetched async for fetched in self.box.fetch_many(uids)] if uids else []
+
+    async def fetch_new(self, folder: Folder, uids: Sequence[int]) -> list[Fetched]:
+        """Messages that were just stored in `folder`: a server need not show those before the folder is selected again."""
+        await self.enter(folder)
+        found = await self.fetch_all(uids)
+        missing = set(uids) - {fetched.uid for fetched in found}
+        if missing:
+            await self.enter(folder, fresh=True)
+            found += await self.fetch_all(sorted(missing))
+        return found
+
+    async def open_folders(self, account: AccountConfig) -> Folders:
+        """Find the folders of the account; make those that are ours."""
+        sealed = await self.box.create_folder(account.sealed_folder)
+        quarantine = await self.box.create_folder(account.quarantine_folder)
+        target = await self.box.create_folder(account.deliver_folder) if account.deliver == "folder" else None
+        ours = {folder.wire for folder in (sealed, quarantine, target) if folder is not None}
+        watched: dict[bytes, Folder] = {}
+        missing: list[str] = []
+        for name in account.folders:
+            folder = await self.box.resolve(name)
+            if folder is None:
+                missing.append(name)
+            elif folder.wire not in ours:       # what we have put somewhere is not incoming mail
+                watched.setdefault(folder.wire, folder)
+        return Folders(tuple(watched.values()), tuple(missing), sealed, quarantine, target)
