@@ -38,7 +38,7 @@ def make_notice(refused: Sequence[Refused], *, sender: str, host: str, outer_hea
         fields.insert(0, f"Original-Envelope-Id: {printable(_decoded(envelope_id))}")
     groups = ["\r\n".join(fields), *("\r\n".join(_recipient_fields(item)) for item in refused)]
     head = [
-        f"From: Mail Delivery System <MAILER-DAEMON@{host}>", f"To: <{sender}>",
+        f"From: Mail Delivery System <MAILER-DAEMON@{host}>", f"To: {sender}",
         "Subject: Undelivered mail: some recipients were refused",
         f"Date: {format_date(now_ms)}", f"Message-ID: <{token}@{host}>", "Auto-Submitted: auto-replied",
         "MIME-Version: 1.0", f'Content-Type: multipart/report; report-type=delivery-status;\r\n boundary="{boundary}"',
