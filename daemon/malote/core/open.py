@@ -177,18 +177,19 @@ class _Trials:
 
     def import_session_key(self, header: payload.Header) -> tuple[KeyBlob, DecryptionKey, BlobContent, primitives.PayloadKeys]:
         """The first blob that opens and holds the session key that H commits to. Raises `Unreadable`."""
-        failure = self._refused or Unreadable("no match: no key blob for this sealed part")
+        failure: Unreadable | None = None
+        reason = "no key blob for this sealed part"
         for blob, key in self._pairs(header.eid):
             try:
                 content = self._unwrap(blob, key, header)
             except _NoMatch as error:
-                failure = Unreadable(f"no match: {error}")
+                reason = str(error)
                 continue
             try:
                 return blob, key, content, payload.check_commitment(header, content.cek)
             except Unreadable as error:
                 failure = error
-        raise failure
+        raise failure or self._refused or Unreadable(f"no match: {reason}")
 
     def listed(self, header: payload.Header, manifest: Manifest, cek: bytes) -> tuple[KeyBlob, DecryptionKey, BlobContent] | None:
         """The blob that the manifest lists for one of our keys, if it is here and holds the same session key."""
