@@ -146,6 +146,12 @@ class ClockWrong(MaloteError):
     default_reply = Reply(451, "4.3.0", "The clock of this server is wrong, nothing was sent, try again later")
 
 
+class SecretUnavailable(MaloteError):
+    """A password file, credential or token command that gives nothing, or is open to others. It may be mended while we run."""
+
+    exit_code = ExitCode.CONFIG
+
+
 class StoreUnavailable(MaloteError):
     """Disk full, locked, read-only or damaged store."""
 
