@@ -49,7 +49,7 @@ class ServerSettings:
     handler_seconds: float = 300
     normalise: bool = False
     tls_context: ssl.SSLContext | None = None
-    implicit_tls: bool = False
+    implicit_tls: bool = False      # TLS from the first byte (RFC 8314)
     require_tls: bool = False       # for peers that are not this machine
 
 
@@ -93,10 +93,10 @@ class Conversation(ClientWire):
         else:
             self.client = ClientSession(f"c{number}", "unix", peer_uid(sock), True)
         if not self._connections.add(self):
-            self.hang_up(None if self._settings.implicit_tls else FULL)
+            self.hang_up(FULL)
             return
-        if self._settings.implicit_tls:
-            stream.pause_reading()
+        if stream.get_extra_info("ssl_object") is not None:
+            self._now_over_tls(stream)
         self.task = self.loop.create_task(self._handle_client())
 
     def connection_lost(self, error: Exception | None) -> None:
@@ -130,8 +130,6 @@ class Conversation(ClientWire):
 
     async def _handle_client(self) -> None:
         try:
-            if self._settings.implicit_tls:
-                await self._start_tls()
             self.say(Reply(220, "", f"{self._settings.hostname} ESMTP malote"))
             while True:
                 await self._one_command()
@@ -156,6 +154,7 @@ class Conversation(ClientWire):
 
     async def _one_command(self) -> None:
         settings = self._settings
+        self._check_stopping()
         try:
             line, proof = await self.read_command(settings.command_seconds)
         except LineFault as fault:
@@ -163,9 +162,7 @@ class Conversation(ClientWire):
             return
         if proof:
             self._tell_read()
-        if self._stopping:
-            self.hang_up(CLOSING)
-            raise ClientGone
+        self._check_stopping()
         verb, _, rest = line.partition(b" ")
         name = verb.decode("ascii", "replace").upper()
         method = self.commands.get(name)
@@ -179,6 +176,11 @@ class Conversation(ClientWire):
             self._fault(Reply(530, "5.7.0", "Send STARTTLS first"))
         else:
             await self._run(method, rest.decode("utf-8", "surrogateescape").strip(" \t"))
+
+    def _check_stopping(self) -> None:
+        if self._stopping:
+            self.hang_up(CLOSING)
+            raise ClientGone
 
     async def _run(self, method: Callable[[Any, str], Awaitable[None]], argument: str) -> None:
         try:
@@ -200,8 +202,9 @@ class Conversation(ClientWire):
         except Exception as error:  # noqa: BLE001 - the border: unknown is temporary and says nothing of the inside
             self._log_fault(error)
             reply = INTERNAL
+        answer = self.say_final if self._in_data else self.say
         await self._reset()
-        self.say_final(reply)
+        answer(reply)
 
     def _tell_read(self) -> None:
         try:
@@ -268,12 +271,15 @@ class Conversation(ClientWire):
             raise ClientGone from error
         if transport is None or self._eof:
             raise ClientGone
+        self._now_over_tls(transport)
+        self.client.helo = ""
+        self._offer = Offer()
+
+    def _now_over_tls(self, transport: asyncio.Transport) -> None:
         self.transport = transport
         self._over_tls = True
         self.client.tls = True
         self.client.tls_version = transport.get_extra_info("ssl_object").version() or ""
-        self.client.helo = ""
-        self._offer = Offer()
 
     @property
     def _private(self) -> bool:

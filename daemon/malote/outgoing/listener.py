@@ -13,7 +13,7 @@ from pathlib import Path
 from malote.config import LimitsConfig, ListenerConfig
 from malote.errors import ConfigError
 from malote.outgoing.budget import MemoryBudget
-from malote.outgoing.conversation import Conversation, ServerSettings
+from malote.outgoing.conversation import TLS_HANDSHAKE_SECONDS, Conversation, ServerSettings
 from malote.outgoing.desk import Desk
 from malote.outgoing.server import SubmissionServer
 
@@ -74,14 +74,18 @@ class Listener:
     async def open(self, config: ListenerConfig) -> None:
         """Raises `ConfigError` when the address cannot be listened on."""
         loop = asyncio.get_running_loop()
+        implicit = self.settings.tls_context if self.settings.implicit_tls else None
+        handshake = TLS_HANDSHAKE_SECONDS if implicit else None     # handshakes are not among the counted connections
         factory: Callable[[], SubmissionServer] = lambda: SubmissionServer(  # noqa: E731
             self.settings, self.desk, self.connections, self.budget)
         try:
             if config.socket is not None:
-                self._server = await loop.create_unix_server(factory, sock=_unix_socket(config.socket), backlog=BACKLOG)
+                self._server = await loop.create_unix_server(
+                    factory, sock=_unix_socket(config.socket), backlog=BACKLOG, ssl=implicit, ssl_handshake_timeout=handshake)
                 self._path = config.socket
             else:
-                self._server = await loop.create_server(factory, config.host, config.port, backlog=BACKLOG)
+                self._server = await loop.create_server(
+                    factory, config.host, config.port, backlog=BACKLOG, ssl=implicit, ssl_handshake_timeout=handshake)
         except OSError as error:
             where = config.socket or f"{config.host} port {config.port}"
             raise ConfigError(f"outgoing.listeners: cannot listen on {where} ({error.strerror or 'no such address'})") from error

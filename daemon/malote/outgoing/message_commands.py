@@ -14,6 +14,7 @@ from malote.outgoing.smtp_path import PathRefused, check_mail_parameters, check_
 from malote.outgoing.wire import MIN_DATA_RATE, ClientGone, Phase
 
 MAX_PIPELINED_RCPTS = 100   # given to the desk at once
+SLOW_START_BLOCKS = 4       # that many whole block timeouts are forgiven before the least rate counts
 BUSY = TooBusy().reply
 TOO_BIG = Reply(552, "5.3.4", "Message is too large")
 NO_RCPT = Reply(503, "5.5.1", "Send RCPT first")
@@ -156,7 +157,7 @@ class MessageCommands(Conversation):
     def _next_block(self, started: float, received: int) -> None:
         """A block timer that each chunk restarts, and a whole that must keep up a least rate."""
         settings = self._settings
-        whole = started + settings.data_block_seconds + received / MIN_DATA_RATE
+        whole = started + SLOW_START_BLOCKS * settings.data_block_seconds + received / MIN_DATA_RATE
         self.enter(Phase.DATA, max(0, min(settings.data_block_seconds, whole - self.loop.time())))
 
     def _charge(self, size: int, limit: int) -> Reply | None:
