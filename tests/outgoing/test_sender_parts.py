@@ -155,7 +155,8 @@ def test_a_notice_is_a_report_with_outer_headers_and_nothing_of_the_message() ->
 # ---- parameters
 
 EXTENSIONS = {"SIZE": "1000000", "DSN": "", "8BITMIME": "", "SMTPUTF8": "", "AUTH": "PLAIN", "REQUIRETLS": ""}
-CLIENT: dict[str, str | bool] = {"SIZE": "1000", "BODY": "8BITMIME", "RET": "FULL", "ENVID": "QQ1", "AUTH": "<>", "REQUIRETLS": True, "SMTPUTF8": True}
+CLIENT: dict[str, str | bool] = {
+    "SIZE": "1000", "BODY": "8BITMIME", "RET": "FULL", "ENVID": "QQ1", "AUTH": "<>", "REQUIRETLS": True, "SMTPUTF8": True}
 
 
 def params(*, sealed: bool, addresses: tuple[str, ...] = ("a@a.example", "b@b.example"), utf8: bool = False,
