@@ -143,7 +143,7 @@ def _card_record(row: tuple[object, ...]) -> CardRecord:
 class CardCache:
     """What was looked up, also what was not found, as long as the store's change mark is the same."""
 
-    MAX = 10_000    # a card is 3 to 8 KB
+    MAX = 4_000     # a card is 3 to 8 KB: 30 MB at most
 
     def __init__(self) -> None:
         self.mark = b""

@@ -13,7 +13,9 @@ import sqlite3
 import threading
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any, TypeVar
 
 from sqlalchemy import Connection, Engine
@@ -42,15 +44,21 @@ class _Job:
     error: BaseException | None = None
 
 
+class _Signal(Enum):
+    NUDGE = "there is a lazy operation"
+    STOP = "finish and close"
+
+
 class Writer:
     """Runs operations in order of arrival. `start` opens the connection; errors of the database never end the thread."""
 
     def __init__(self, engine: Engine, *, name: str) -> None:
         self._engine = engine
         self._connection: Connection | None = None
-        self._queue: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[_Job | _Signal] = queue.SimpleQueue()
         self._lazy: deque[_Job] = deque()
         self._closed = False
+        self._failing = False
         self._thread = threading.Thread(target=self._main, name=name, daemon=True)
         self._thread.start()
 
@@ -66,6 +74,8 @@ class Writer:
     def later(self, operation: Operation[object]) -> None:
         """Run with the next commit, or within half a second. For what may be lost in a crash; an outage is waited for."""
         self._refuse_closed()
+        if not self._lazy:
+            self._queue.put(_Signal.NUDGE)
         self._lazy.append(_Job(operation, None, None, write=True))
         while len(self._lazy) > MAX_LAZY:
             self._lazy.popleft()
@@ -74,7 +84,7 @@ class Writer:
         """Finish what was submitted, then close the connection."""
         if not self._closed:
             self._closed = True
-            self._queue.put(None)
+            self._queue.put(_Signal.STOP)
         await asyncio.to_thread(self._thread.join)
 
     async def _submit(self, operation: Operation[T], *, write: bool) -> T:
@@ -93,7 +103,11 @@ class Writer:
     def _main(self) -> None:
         going = True
         while going:
-            jobs, going = self._collect()
+            items = self._wait()
+            if items and all(item is _Signal.NUDGE for item in items):
+                continue        # the first lazy operation after a pause: it waits for company
+            going = _Signal.STOP not in items
+            jobs = self._take_lazy(everything=not going) + [item for item in items if isinstance(item, _Job)]
             writes = [job for job in jobs if job.write]
             reads = [job for job in jobs if not job.write]
             if writes:
@@ -104,33 +118,33 @@ class Writer:
         self._drop_connection()
         self._engine.dispose()
 
-    def _collect(self) -> tuple[list[_Job], bool]:
-        """What is waiting now, lazy operations first. False: this is the last round."""
+    def _wait(self) -> list[_Job | _Signal]:
+        """All that is on the queue, or nothing when lazy operations have waited long enough."""
+        items: list[_Job | _Signal] = []
+        with suppress(queue.Empty):
+            items.append(self._queue.get(timeout=LAZY_SECONDS if self._lazy else None))
+            while len(items) < MAX_BATCH:
+                items.append(self._queue.get_nowait())
+        return items
+
+    def _take_lazy(self, *, everything: bool) -> list[_Job]:
         jobs: list[_Job] = []
-        going = True
-        try:
-            first = self._queue.get(timeout=LAZY_SECONDS)
-            while first is not None and len(jobs) < MAX_BATCH - 1:
-                jobs.append(first)
-                first = self._queue.get_nowait()
-            if first is None:
-                going = False
-            else:
-                jobs.append(first)
-        except queue.Empty:
-            pass
-        lazy: list[_Job] = []
-        while self._lazy and (len(lazy) < 4 * MAX_BATCH or not going):
-            lazy.append(self._lazy.popleft())
-        return lazy + jobs, going
+        while self._lazy and (everything or len(jobs) < 4 * MAX_BATCH):
+            jobs.append(self._lazy.popleft())
+        return jobs
 
     def _run(self, jobs: list[_Job], *, write: bool) -> None:
         """One transaction for all; if one fails, all again with a savepoint each, so that it fails alone."""
         try:
             if not self._attempt(jobs, write=write, apart=False):
                 self._attempt(jobs, write=write, apart=True)
+            if write and self._failing:
+                log.warning("the store can be written again")
+                self._failing = False
         except Exception as error:      # noqa: BLE001 -- full, locked, read-only, I/O: for everybody in the transaction
-            log.warning("store transaction failed: %s", type(getattr(error, "orig", None) or error).__name__)
+            if write and not self._failing:     # once, not for every message of an outage
+                log.error("the store cannot be written: %s", unavailable(error))
+                self._failing = True
             self._drop_connection()
             for job in jobs:
                 job.error = error
