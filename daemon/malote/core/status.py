@@ -161,8 +161,10 @@ def _forged(raw: bytes, authserv_id: str) -> Iterator[tuple[int, int]]:
             harmless_until = end
             continue
         position = end
-        if start and raw[start - 1:start] == b"\r":     # inside a field: what it ends with stays, or the next would join it
-            end -= 2 if raw[end - 2:end] == b"\r\n" else int(raw[end - 1:end] == b"\n")
+        if start and raw[start - 1:start] == b"\r":
+            start -= 1
+            if start and raw[start - 1:start] != b"\n":     # inside a field: its line end stays, or the next would join it
+                end -= 2 if raw[end - 2:end] == b"\r\n" else int(raw[end - 1:end] == b"\n")
         yield start, end
 
 
