@@ -1,0 +1,7 @@
+"""`python -m malote`."""
+
+import sys
+
+from malote.cli.main import main
+
+sys.exit(main())

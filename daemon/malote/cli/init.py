@@ -1,0 +1,125 @@
+"""`malote init`: asks for what has no default and writes the configuration of one person."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+import click
+
+from malote.config import load_config
+from malote.core.address import canonical_address
+from malote.errors import ConfigError
+
+_SERVER = re.compile(r"(?P<host>\[[0-9A-Fa-f:.]+\]|[^\s:\[\]\"\\]+)(?::(?P<port>\d{1,5}))?")
+_TLS_PORTS = (465, 993)         # RFC 8314: TLS from the first byte
+
+DELIVER = """Where should opened mail go?
+  replace   the same mailbox, in place of the sealed one     you and your mail provider can read it
+  folder    the folder Malote/Opened of that mailbox         you and your mail provider can read it
+  maildir   a maildir on this machine                        only you can read it"""
+
+TEMPLATE = """# Written by `malote init`. Every key there is, with its default: config/malote.example.toml in the source.
+# After a change: malote check
+
+[keys]
+unlock = "prompt"           # a service needs "file" or "credential" instead
+
+[outgoing.upstream]         # your mail server for sending; your mail program's login is passed on to it
+host = {smtp_host}
+port = {smtp_port}
+security = {smtp_security}
+"""
+
+ACCOUNT = """
+[[accounts]]                # the mailbox that is watched
+name = {name}
+host = {imap_host}
+port = {imap_port}
+security = {imap_security}
+username = {username}
+password_file = {password_file}
+addresses = [{address}]
+deliver = {deliver}
+"""
+
+
+@click.command()
+@click.argument("address")
+@click.option("--smtp", metavar="HOST[:PORT]", help="Your mail server for sending (port 587 unless given).")
+@click.option("--imap", metavar="HOST[:PORT]", help="Your mail server for reading (port 993 unless given); \"\" for none.")
+@click.option("--username", help="The login at the IMAP server, if it is not the address.")
+@click.option("--deliver", type=click.Choice(["replace", "folder", "maildir"]), help="Where opened mail goes.")
+@click.option("--maildir", type=click.Path(path_type=Path), help="With --deliver maildir: the directory.")
+@click.pass_context
+def init(context: click.Context, address: str, smtp: str | None, imap: str | None, username: str | None, deliver: str | None,
+         maildir: Path | None) -> None:
+    """Write the configuration for ADDRESS.
+
+    Asks for the servers that were not given. An existing configuration is not overwritten. The password of the mailbox goes
+    into a file of its own, readable by you alone.
+    """
+    address = canonical_address(address)
+    target = Path(context.obj.config_path)
+    if target.exists():
+        raise ConfigError(f"{target}: is there already, nothing was written", hint="edit it, or name another file with --config")
+    domain = address.rpartition("@")[2]
+    smtp = smtp or click.prompt("Mail server for sending", default=f"smtp.{domain}:587", err=True)
+    if imap is None:
+        imap = click.prompt("Mail server for reading (IMAP)", default=f"imap.{domain}:993", err=True)
+    smtp_host, smtp_port = _server(smtp, 587)
+    text = TEMPLATE.format(smtp_host=_quoted(smtp_host), smtp_port=smtp_port, smtp_security=_quoted(_security(smtp_port)))
+    password = ""
+    password_file = target.parent / f"{address.partition('@')[0]}.password"
+    if imap:
+        imap_host, imap_port = _server(imap, 993)
+        username = username or click.prompt("Login at the IMAP server", default=address, err=True)
+        if deliver is None:
+            click.echo(DELIVER, err=True)
+            deliver = click.prompt("deliver", type=click.Choice(["replace", "folder", "maildir"]), err=True)
+        if deliver == "maildir" and maildir is None:
+            maildir = Path(click.prompt("Maildir", default=str(Path.home() / "Maildir-malote"), err=True))
+        password = click.prompt("Password of the mailbox", hide_input=True, err=True)
+        text += ACCOUNT.format(name=_quoted(address), imap_host=_quoted(imap_host), imap_port=imap_port,
+                               imap_security=_quoted(_security(imap_port)), username=_quoted(username),
+                               password_file=_quoted(str(password_file)), address=_quoted(address), deliver=_quoted(str(deliver)))
+        if deliver == "maildir":
+            text += f"maildir = {_quoted(str(maildir))}\n"
+    target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    if password:
+        _write_private(password_file, password)
+    _write_private(target, text)
+    load_config(target)     # what was written can be read
+    click.echo(f"malote: wrote {target}", err=True)
+    click.echo(f"malote: next: malote keys new {address}, then malote check", err=True)
+
+
+def _server(text: str, default_port: int) -> tuple[str, int]:
+    match = _SERVER.fullmatch(text.strip())
+    port = int(match["port"] or default_port) if match else 0
+    if match is None or not 1 <= port <= 65535:
+        raise ConfigError(f"{text!r} is not HOST or HOST:PORT, nothing was written")
+    return match["host"].strip("[]"), port
+
+
+def _security(port: int) -> str:
+    return "tls" if port in _TLS_PORTS else "starttls"
+
+
+def _quoted(text: str) -> str:
+    """A TOML basic string. What would need more than these two escapes is refused."""
+    if any(ord(character) < 0x20 or ord(character) == 0x7F for character in text):
+        raise ConfigError("control characters have no place in a configuration, nothing was written")
+    return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
+
+
+def _write_private(path: Path, text: str) -> None:
+    try:
+        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+    except FileExistsError as error:
+        raise ConfigError(f"{path}: is there already, nothing was written", hint="move it away and try again") from error
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be written ({error.strerror})") from error

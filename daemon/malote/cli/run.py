@@ -1,0 +1,31 @@
+"""`malote run`: the daemon, in the foreground."""
+
+from __future__ import annotations
+
+import click
+
+from malote.cli.settings import Settings
+from malote.cli.unlock import read_passphrase
+from malote.service import run as run_service
+
+
+@click.command()
+@click.pass_obj
+def run(settings: Settings) -> None:
+    """Run the daemon in the foreground: seal what leaves, watch and open what comes in.
+
+    SIGTERM ends it after the mail in flight; SIGHUP reads the configuration again. With keys.unlock = "prompt" it asks for the
+    passphrase first. The log goes to standard error.
+    """
+    config = settings.config
+    asked: list[bytes] = []
+
+    def passphrase() -> bytes:
+        """Ask a person once only: later changes are unlocked with the same, or need a restart."""
+        if config.keys.unlock != "prompt":
+            return read_passphrase(config.keys)
+        if not asked:
+            asked.append(read_passphrase(config.keys))
+        return asked[0]
+
+    run_service(config, settings.config_path, settings.store_path, passphrase)
