@@ -22,6 +22,7 @@ BATCH_BYTES = 4 * 1024 * 1024       # of message text in one FETCH; two are in f
 PEEK_BATCH = 200                    # messages in one FETCH of headers or pieces
 HEADER_BYTES = 64 * 1024            # of one header that is read at all: strangers write headers, and 200 are in memory at once
 BATCH_SLACK = 1024 * 1024           # bytes by which a batch of bodies may exceed what RFC822.SIZE said: it is often a little off
+MAX_SECTION = 500                   # characters of the name of what is asked for; the parser takes no longer ones
 ANSWER_SLACK = 4096                 # bytes that one FETCH answer may hold beside its body: flags, dates, punctuation
 
 _FIELD = re.compile(r"[!-9;-~]+")               # RFC 5322 3.6.8, ftext
@@ -100,6 +101,8 @@ class Reader:
             if not all(_FIELD.fullmatch(field) for field in fields):
                 raise MailboxError("a header field name is not one", code="CANNOT")
             wanted = f"HEADER.FIELDS ({' '.join(fields).upper()})"
+            if len(wanted) > MAX_SECTION:
+                raise MailboxError("too many header fields at once", code="CANNOT")
         found: dict[int, Peeked] = {}
 
         def take(uid: int, items: dict[str, Value]) -> None:

@@ -31,6 +31,7 @@ __all__ = ["AppendItem", "Appended", "Fetched", "Folder", "FolderStatus", "Mailb
 COMMAND_SECONDS = 120.0     # without a byte moving; MOVE and APPEND into a large folder take a while on slow disks
 SEARCH_SECONDS = 600.0      # a search in headers that the server has not indexed reads every message
 LOGOUT_SECONDS = 5.0
+EXPUNGE_RETRIES = 5         # of a transfer some of whose messages went away under it
 IDLE_MAX_SECONDS = 1740.0   # RFC 2177: 29 minutes
 
 
@@ -198,29 +199,46 @@ class Mailbox(Reader):
     async def move(self, uids: Iterable[int], folder: str | Folder) -> dict[int, int]:
         """Move messages; source UID -> new UID for those that this command moved. A UID not in it was gone.
 
-        Without MOVE: COPY and expunge, which two clients may both do. Without UIDPLUS the new UIDs are unknown: 0.
+        Without MOVE: COPY and expunge. Without UIDPLUS the new UIDs are unknown: 0.
+        Two connections that move one message in the same instant may both be told so, even by servers that have MOVE: Dovecot
+        copies for both and removes once. The folder then holds the message twice, and the smaller new UID was first.
         """
         target = await self._known(folder)
+        if self.has_move and self.has_uidplus:
+            return await self._transfer("MOVE", uids, target)
         moved: dict[int, int] = {}
-        for part, members in imap_names.uid_sets(uids):
-            if self.has_move and self.has_uidplus:
-                moved |= await self._transfer("MOVE", part, members, target)
-            else:
-                moved |= await self._copy_and_expunge(part, members, target)
+        for part, _ in imap_names.uid_sets(uids):
+            present = await self.search(f"UID {part.decode()}")
+            if present:
+                copied = await self._transfer("MOVE" if self.has_move else "COPY", present, target)
+                if not self.has_move:
+                    await self.expunge(copied or present)
+                moved |= copied or dict.fromkeys(present, 0)
         return moved
 
     async def copy(self, uids: Iterable[int], folder: str | Folder) -> dict[int, int]:
         """Copy messages; source UID -> new UID (needs UIDPLUS)."""
-        target = await self._known(folder)
-        copied: dict[int, int] = {}
-        for part, members in imap_names.uid_sets(uids):
-            copied |= await self._transfer("COPY", part, members, target)
-        return copied
+        return await self._transfer("COPY", uids, await self._known(folder))
 
-    async def _transfer(self, name: str, part: bytes, members: Sequence[int], target: Folder) -> dict[int, int]:
-        command = Exchange(name, self._protocol.new_tag(), (part, target.argument()), prefix="UID", seconds=self._seconds,
-                           wants=frozenset({"COPYUID"}))
-        await self._protocol.execute(command)
+    async def _transfer(self, name: str, uids: Iterable[int], target: Folder) -> dict[int, int]:
+        moved: dict[int, int] = {}
+        for part, members in imap_names.uid_sets(uids):
+            moved |= await self._transfer_part(name, part, members, target)
+        return moved
+
+    async def _transfer_part(self, name: str, part: bytes, members: Sequence[int], target: Folder) -> dict[int, int]:
+        for _ in range(EXPUNGE_RETRIES):
+            command = Exchange(name, self._protocol.new_tag(), (part, target.argument()), prefix="UID", seconds=self._seconds,
+                               wants=frozenset({"COPYUID"}))
+            await self._protocol.execute(command)
+            if command.status is None or command.status.code != "EXPUNGEISSUED":
+                break
+            # RFC 5530: nothing was transferred since some of them are gone; a NOOP lets the server tell us which
+            await self.noop()
+            present = await self.search(f"UID {part.decode()}")
+            if not present:
+                return {}
+            ((part, members),) = imap_names.uid_sets(present)
         status = command.ok(f"{name.lower()} messages to {target.name}")
         return self._copied([*command.codes, status], members)
 
@@ -233,18 +251,6 @@ class Mailbox(Reader):
             if not moved.keys() <= set(members) or len(set(moved.values())) != len(moved):
                 raise ValueError("a COPYUID for messages that were not asked for")
         return moved
-
-    async def _copy_and_expunge(self, part: bytes, members: Sequence[int], target: Folder) -> dict[int, int]:
-        if self.has_move:       # without UIDPLUS: what is there now and not afterwards was moved, by us as far as can be known
-            before = await self.search(f"UID {part.decode()}")
-            await self._transfer("MOVE", part, members, target)
-            return dict.fromkeys(before, 0)
-        present = await self.search(f"UID {part.decode()}")
-        if not present:
-            return {}
-        copied = await self._transfer("COPY", part, members, target)
-        await self.expunge(copied or present)
-        return copied or dict.fromkeys(present, 0)
 
     async def store_flags(self, uids: Iterable[int], add: Sequence[str] = (), remove: Sequence[str] = ()) -> None:
         """Set and clear flags and keywords. UIDs that are gone are passed over."""
