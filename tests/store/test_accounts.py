@@ -19,6 +19,13 @@ async def test_folder_state(store: Store) -> None:
     assert await store.folder_state("work", "INBOX") is None
 
 
+async def test_a_name_that_is_not_unicode(store: Store) -> None:
+    """Half a surrogate pair, from a folder name in modified UTF-7: found again, and no other name is taken for it."""
+    await store.set_folder_state("home", "\ud800", FolderState(7, 100, 5000))
+    assert await store.folder_state("home", "\ud800") == FolderState(7, 100, 5000)
+    assert await store.folder_state("home", "\ud801") is None
+
+
 async def test_attempts_are_counted_until_cleared(store: Store, now_ms: int) -> None:
     first = Attempt("home", "INBOX", 7, 41, 1, now_ms + 1000, "Unreadable")
     await store.put_attempt(first, now_ms)

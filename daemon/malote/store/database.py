@@ -35,9 +35,7 @@ class Db:
 
     def rows(self, statement: Statement, values: dict[str, Any]) -> list[Row]:
         if self.driver is not None:
-            if statement.constants:
-                values = statement.constants | values
-            return self.driver.execute(statement.text, values).fetchall()
+            return self._execute(self.driver, statement, values).fetchall()
         return [tuple(row) for row in self.connection.execute(statement.core, values)]
 
     def row(self, statement: Statement, values: dict[str, Any]) -> Row | None:
@@ -47,18 +45,25 @@ class Db:
     def run(self, statement: Statement, values: dict[str, Any]) -> int:
         """Execute; returns the number of rows changed."""
         if self.driver is not None:
-            if statement.constants:
-                values = statement.constants | values
-            return self.driver.execute(statement.text, values).rowcount
+            return self._execute(self.driver, statement, values).rowcount
         return self.connection.execute(statement.core, values).rowcount
 
     def many(self, statement: Statement, values: Sequence[dict[str, Any]]) -> None:
-        if len(values) == 1:
-            self.run(statement, values[0])
-        elif values and self.driver is not None:
-            self.driver.executemany(statement.text, [statement.constants | row for row in values])
-        elif values:
-            self.connection.execute(statement.core, list(values))
+        for one in values:      # executemany of the driver would save a few us, and lose what `_execute` does
+            self.run(statement, one)
+
+    @staticmethod
+    def _execute(driver: sqlite3.Connection, statement: Statement, values: dict[str, Any]) -> sqlite3.Cursor:
+        if statement.constants:
+            values = statement.constants | values
+        try:
+            return driver.execute(statement.text, values)
+        except UnicodeEncodeError:      # half of a surrogate pair, as a folder name or a reply of a server may hold
+            return driver.execute(statement.text, {name: _encodable(value) for name, value in values.items()})
+
+
+def _encodable(value: Any) -> Any:
+    return value.encode("utf-8", "backslashreplace").decode() if isinstance(value, str) else value
 
 
 def unavailable(cause: BaseException) -> MaloteError:

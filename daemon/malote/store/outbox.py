@@ -65,7 +65,7 @@ _ACCEPTED = Statement(update(serial).where(
 def journal_key(intent: SendIntent) -> bytes:
     """Names (login, sender, hash of the original) in 32 bytes; each part is preceded by its length."""
     digest = hashlib.sha256()
-    for part in (intent.login.encode(), intent.sender.encode(), intent.journal_hash):
+    for part in (intent.login.encode("utf-8", "surrogatepass"), intent.sender.encode(), intent.journal_hash):
         digest.update(len(part).to_bytes(4, "big") + part)
     return digest.digest()
 
