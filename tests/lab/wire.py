@@ -221,8 +221,9 @@ DEFAULTS = {
 
 @dataclass(slots=True)
 class Scripted:
-    """An upstream that says, per verb, what the script says. "hang": nothing; "close": closes; a list: one per use.
+    """An upstream that says, per verb (four letters in capitals), what the script says.
 
+    "hang": nothing; "close": closes; a list: one answer per use, the last for ever.
     "" is the greeting, "." the reply after the final dot. A reply that ends in "!" closes afterwards.
     """
 
@@ -236,7 +237,7 @@ class Scripted:
 
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[Scripted]:
-        server = await asyncio.start_server(self._serve, HOST, 0)
+        server = await asyncio.start_server(self._serve, HOST, 0, limit=1 << 24)
         self.port = server.sockets[0].getsockname()[1]
         try:
             yield self
@@ -250,33 +251,31 @@ class Scripted:
         settings = {"host": HOST, "port": self.port, "security": "none", "helo_name": "malote.test.example", **changes}
         return UpstreamConfig(**settings)
 
-    def _say(self, verb: str, writer: asyncio.StreamWriter) -> bool:
-        """False: the connection ends here."""
+    def _say(self, verb: str, writer: asyncio.StreamWriter) -> str:
+        """Answers; returns the answer, "close" when the connection ends here."""
         answer = self.script.get(verb, DEFAULTS.get(verb, "500 what?"))
         if not isinstance(answer, str):
             used = self._used.get(verb, 0)
             self._used[verb] = used + 1
             answer = answer[min(used, len(answer) - 1)]
-        if answer == "close":
-            return False
-        if answer != "hang":
+        if answer not in ("close", "hang"):
             writer.write(answer.removesuffix("!").encode() + b"\r\n")
-        return not answer.endswith("!")
+        return "close" if answer.endswith("!") else answer
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.connections += 1
         self.writers.append(writer)
         with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
-            going = self._say("", writer)
-            while going:
+            said = self._say("", writer)
+            while said != "close":
                 line = (await reader.readuntil(b"\n")).decode().rstrip("\r\n")
                 self.seen.append(line)
                 verb = line[:4].upper()
-                going = self._say(verb, writer)
-                if verb == "DATA" and str(self.script.get("DATA", "354")).startswith("354"):
+                said = self._say(verb, writer)
+                if verb == "DATA" and said.startswith("354"):
                     self.messages.append(await self._body(reader))
                     self.seen.append(".")
-                    going = self._say(".", writer)
+                    said = self._say(".", writer)
                 if verb == "QUIT":
                     break
         writer.close()
