@@ -142,9 +142,9 @@ class Box:
             await self.trust(store, self.sender.identity)
         return store
 
-    async def trust(self, store: Store, identity: Identity) -> None:
+    async def trust(self, store: Store, identity: Identity, *, since_ms: int | None = None) -> None:
         await store.put_card(identity.address, identity.card.raw, identity.signing.public.id, level=Level.VERIFIED,
-                             evidence="a test", now_ms=now_ms() - 1_800_000, succession=False)
+                             evidence="a test", now_ms=since_ms or now_ms() - 1_800_000, succession=False)
 
     async def watcher(self, store: Store, identities: Sequence[Identity] | None = None, **settings: Any) -> Watcher:
         """One device. `clock` among the settings: a function that gives ms."""

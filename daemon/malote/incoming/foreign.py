@@ -106,6 +106,7 @@ class ForeignFolders:
                 known = None
         if known is None:
             known = _Known(status.uidvalidity, 0, 0)
+            await self._remember(folder, known)
         self._known[folder.wire] = known
         return known
 

@@ -179,6 +179,7 @@ class Watcher:
             if not self._stopping.is_set():
                 await self._look_at(session, folder, receiver, keys)
         await receiver.settle_contests(session, folders.watched[0])
+        await receiver.catch_up(session)    # what we have moved ourselves is remembered: it must still be there next time
 
     async def _look_at(self, session: Session, folder: Folder, receiver: Receiver, keys: AccountKeys) -> None:
         began_ms = self._clock()
