@@ -41,6 +41,14 @@ async def store(open_store: Callable[[], Awaitable[Store]]) -> Store:
 
 
 @pytest.fixture
+async def sqlite_store(tmp_path: Path) -> AsyncIterator[Store]:
+    """For what is about SQLite itself: the file is `tmp_path / "store" / FILE_NAME`."""
+    store = await Store.open(tmp_path / "store")
+    yield store
+    await store.close()
+
+
+@pytest.fixture
 def intent() -> Callable[..., SendIntent]:
     """An intent to send to the given addresses; `plain` names those that are not sealed."""
     def make(*addresses: str, content: bytes = b"one", now_ms: int = NOW_MS, plain: tuple[str, ...] = (),

@@ -45,13 +45,13 @@ async def test_recent_outcomes_are_newest_first(store: Store) -> None:
     assert await store.recent_outcomes(3) == entries[:1:-1]
 
 
-async def test_outer_ids(store: Store, now_ms: int, tmp_path: Path) -> None:
+async def test_outer_ids(sqlite_store: Store, now_ms: int, tmp_path: Path) -> None:
     """Found by the inner id; the inner id itself, which others do not know, is not in the file."""
-    store.remember_outer_id("<inner-1@a.example>", "<outer-1@a.example>", now_ms)
-    await store.flush()
-    assert await store.outer_ids(["<inner-1@a.example>", "<inner-2@a.example>"]) == {"<inner-1@a.example>": "<outer-1@a.example>"}
-    assert await store.outer_ids([]) == {}
-    await store.close()
+    sqlite_store.remember_outer_id("<inner-1@a.example>", "<outer-1@a.example>", now_ms)
+    await sqlite_store.flush()
+    assert await sqlite_store.outer_ids(["<inner-1@a.example>", "<inner-2@a.example>"]) == {"<inner-1@a.example>": "<outer-1@a.example>"}
+    assert await sqlite_store.outer_ids([]) == {}
+    await sqlite_store.close()
     raw = sqlite3.connect(tmp_path / "store" / "store.sqlite")
     dump = "\n".join(raw.iterdump())
     raw.close()

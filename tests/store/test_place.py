@@ -100,6 +100,10 @@ async def test_reading_only_writes_nothing(tmp_path: Path) -> None:
         await reader.distrust(1)
     await reader.close()
     await writer.close()
+    reader = await Store.open(tmp_path / "store", readonly=True)    # also when nobody else has it open
+    assert await reader.list_cards() == []
+    await reader.close()
+    assert {stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "store").iterdir()} == {0o600}
 
 
 @pytest.mark.parametrize("place", ["postgresql://x/y", "sqlite://relative", "http://x/y"])
@@ -114,12 +118,16 @@ async def test_a_store_on_another_machine_counts_anew(
     """A copied store would give out numbers that are in use, and does not know what came to the other one."""
     store = await Store.open(tmp_path / "store", machine_id=b"one")
     first = await store.begin_send(intent(BOB))
+    keys = [await store.local_key(name) for name in ("device", "journal")]
     await store.close()
     store = await Store.open(tmp_path / "store", machine_id=b"one")
+    assert await store.local_key("device") == keys[0]
     same = await store.begin_send(intent(BOB, content=b"two"))
     assert (same.row(BOB).stream, same.row(BOB).serial) == (first.row(BOB).stream, 2)
     await store.close()
     store = await Store.open(tmp_path / "store", machine_id=b"two")
+    assert await store.local_key("device") != keys[0], "two watchers must be told apart"
+    assert await store.local_key("journal") == keys[1], "a retry must still be recognised"
     moved = await store.begin_send(intent(BOB, content=b"three"))
     assert moved.row(BOB).stream != first.row(BOB).stream
     assert moved.row(BOB).serial == 1

@@ -50,11 +50,11 @@ async def test_many_share_a_commit_and_all_are_done(store: Store) -> None:
     assert len(await _names(store)) == count
 
 
-async def test_a_result_comes_only_after_the_commit(store: Store, tmp_path: Path) -> None:
+async def test_a_result_comes_only_after_the_commit(sqlite_store: Store, tmp_path: Path) -> None:
     """Durable when it returns: another connection sees it."""
     raw = sqlite3.connect(tmp_path / "store" / FILE_NAME)
     for number in range(50):
-        await store._writer.write(_put(f"x{number}"))
+        await sqlite_store._writer.write(_put(f"x{number}"))
         assert raw.execute("SELECT count(*) FROM meta WHERE name = ?", (f"x{number}",)).fetchone() == (1,)
     raw.close()
 
@@ -69,9 +69,9 @@ async def test_what_nobody_waits_for_comes_first(store: Store) -> None:
     assert order == ["lazy 1", "lazy 2", "write"]
 
 
-async def test_what_nobody_waits_for_is_written_without_company(store: Store, tmp_path: Path) -> None:
-    await store.flush()
-    store._writer.later(_put("x-lazy"))
+async def test_what_nobody_waits_for_is_written_without_company(sqlite_store: Store, tmp_path: Path) -> None:
+    await sqlite_store.flush()
+    sqlite_store._writer.later(_put("x-lazy"))
     raw = sqlite3.connect(tmp_path / "store" / FILE_NAME)
     async with asyncio.timeout(30):
         while raw.execute("SELECT count(*) FROM meta WHERE name = 'x-lazy'").fetchone() == (0,):
@@ -88,19 +88,19 @@ async def test_a_lazy_operation_that_fails_is_dropped(store: Store, caplog: pyte
 
 
 async def test_an_outage_is_logged_once(
-    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+    sqlite_store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setattr(database, "BUSY_MS", 20)
-    await store._writer.write(lambda _db: store._writer._drop_connection())     # the next one has the short wait
+    await sqlite_store._writer.write(lambda _db: sqlite_store._writer._drop_connection())     # the next one has the short wait
     caplog.set_level(logging.INFO)
     other = sqlite3.connect(tmp_path / "store" / FILE_NAME, isolation_level=None)
     other.execute("BEGIN IMMEDIATE")
     for number in range(5):
         with pytest.raises(StoreUnavailable, match="locked"):
-            await store._writer.write(_put(f"x{number}"))
+            await sqlite_store._writer.write(_put(f"x{number}"))
     other.execute("ROLLBACK")
     other.close()
-    await store._writer.write(_put("x9"))
+    await sqlite_store._writer.write(_put("x9"))
     texts = [record.message for record in caplog.records if record.name == "malote.store"]
     assert texts == ["the store cannot be written: the store is locked by another process", "the store can be written again"]
     assert str(tmp_path) not in caplog.text

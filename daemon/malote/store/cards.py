@@ -46,6 +46,7 @@ _NEW_META = Statement(insert(meta).values(name=bindparam("name"), value=bindpara
 _COUNT_UP = Statement(update(meta).where(meta.c.name == "cards").values(value=bindparam("value")))
 _SECRET = Statement(select(secret.c.value).where(secret.c.name == bindparam("name")))
 _NEW_SECRET = Statement(insert(secret).values(name=bindparam("name"), value=bindparam("value")).on_conflict_do_nothing())
+_DROP_SECRET = Statement(delete(secret).where(secret.c.name == bindparam("at_name")))
 
 
 def find_card(db: Db, address: str) -> CardRecord | None:
@@ -122,6 +123,10 @@ def local_key(db: Db, name: str) -> bytes:
     assert row is not None      # noqa: S101 -- inserted above or by another process
     key: bytes = row[0]
     return key
+
+
+def drop_local_key(db: Db, name: str) -> None:
+    db.run(_DROP_SECRET, {"at_name": name})
 
 
 def note_change(db: Db) -> None:

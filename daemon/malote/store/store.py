@@ -34,6 +34,7 @@ from malote.store.writer import Writer
 DAY_MS = 86_400_000
 CARD_CHECK_SECONDS = 0.5    # how old the cache of cards may be when another process changes one: seen within a second
 MACHINE_ID = Path("/etc/machine-id")
+MACHINE_KEYS = ("device",)      # local keys that tell one machine's watcher from another's: a copied store must not keep them
 
 log = logging.getLogger("malote.store")
 T = TypeVar("T")
@@ -317,6 +318,8 @@ def _prepare(db: Db, machine_id: bytes, now_ms: int) -> dict[str, bytes]:
         if known is not None and known != host:
             log.warning("the store comes from another machine: new numberings begin, mail sent before now is not called fresh")
             outbox.renew_streams(db)
+            for name in MACHINE_KEYS:
+                cards.drop_local_key(db, name)
             seen.add_distrust(db, now_ms, "", "")
     return keys
 
