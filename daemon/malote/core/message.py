@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from functools import lru_cache
 from typing import Literal, NamedTuple
 
 from malote.core.address import parse_mailboxes
@@ -40,6 +41,7 @@ _NAME = re.compile(rb"[!-9;-~]+\Z")
 _FOLD = re.compile(rb"\r?\n(?=[ \t])")
 _MESSAGE_ID = re.compile(r"<[!-;=?-~]+@[!-;=?-~]+>\Z")
 _SPECIAL = re.compile(rb'\\.|[()"]', re.DOTALL)
+_CACHED_NAME, _CACHED_VALUE = 76, 998       # bytes; bounds what the caches hold, whatever strangers send
 _DAYS = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
 _MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
@@ -87,10 +89,30 @@ def parse_fields(header: bytes) -> list[Field]:
 
 def _field(raw: bytes) -> Field:
     name, colon, value = raw.partition(b":")
-    name = name.rstrip()
-    if not colon or _NAME.match(name) is None:
+    known = (_known_name if len(name) <= _CACHED_NAME else _name)(name) if colon else ""
+    if not known:
         return Field("", raw, raw)
-    return Field(name.lower().decode("ascii"), value.rstrip(b"\r\n"), raw)
+    return Field(known, value.rstrip(b"\r\n"), raw)
+
+
+def _name(raw: bytes) -> str:
+    """A field name as `Field` has it, "" for none."""
+    name = raw.rstrip()
+    return "" if _NAME.match(name) is None else name.lower().decode("ascii")
+
+
+# The same few dozen names and the same correspondents come in every message, and each is looked at in several steps of it.
+_known_name = lru_cache(maxsize=512)(_name)
+
+
+@lru_cache(maxsize=512)
+def _known_mailboxes(raw_value: bytes) -> tuple[str, ...]:
+    return tuple(parse_mailboxes(raw_value))
+
+
+def read_mailboxes(raw_value: bytes) -> tuple[str, ...]:
+    """`parse_mailboxes` with a memory for values of usual size. Raises `FormatError`."""
+    return _known_mailboxes(raw_value) if len(raw_value) <= _CACHED_VALUE else tuple(parse_mailboxes(raw_value))
 
 
 def unfold(raw_value: bytes) -> bytes:
@@ -109,6 +131,8 @@ def quoted_spans(value: bytes) -> list[tuple[int, int, bool]]:
     RFC 5322 3.2.1, 3.2.2, 3.2.4: comments nest, a backslash quotes the next byte. What is not closed reaches to the end.
     """
     spans: list[tuple[int, int, bool]] = []
+    if b"(" not in value and b'"' not in value:
+        return spans
     depth, start, in_quotes = 0, 0, False
     for hit in _SPECIAL.finditer(value):
         at, char = hit.start(), hit.group()
@@ -147,6 +171,9 @@ def fold_field(name: str, words: Sequence[str]) -> bytes:
     Raises `FormatError` for what is not printable (no control, no CR or LF, no U+2028) or a word that fits no line: the last
     gate against header injection.
     """
+    whole = f"{name}: {' '.join(words)}"
+    if len(whole) <= LINE_WANTED and whole.isascii() and whole.isprintable():
+        return whole.encode("ascii") + b"\r\n"
     lines: list[str] = []
     line = f"{name}:"
     for word in words:
@@ -300,7 +327,7 @@ def _author(raw_values: Iterable[bytes]) -> str:
     if b";" in value and b";" in mask(value):
         raise refusal("The From field names a group, not one person")
     try:
-        addresses = parse_mailboxes(value)
+        addresses = read_mailboxes(value)
     except FormatError as error:
         raise refusal("The From field is not an address") from error
     if len(addresses) != 1:
@@ -314,7 +341,7 @@ def _visible(groups: dict[str, list[bytes]]) -> frozenset[str]:
     for name in _RECIPIENT_FIELDS:
         for value in groups.get(name, ()):
             try:
-                found.update(parse_mailboxes(unfold(value)))
+                found.update(read_mailboxes(unfold(value)))
             except FormatError:
                 continue
     return frozenset(found)

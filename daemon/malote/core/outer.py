@@ -10,7 +10,6 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from malote.core.address import parse_mailboxes
 from malote.core.message import (
     MAX_HOPS,
     Field,
@@ -20,6 +19,7 @@ from malote.core.message import (
     header_fields,
     mask,
     quoted_spans,
+    read_mailboxes,
     refusal,
     unfold,
     values,
@@ -65,7 +65,7 @@ def outer_headers(
     fields = header_fields(original)
     builder = _Builder()
     _add_received(builder, fields, received)
-    author = [address for value in values(fields, "from") for address in parse_mailboxes(value)]
+    author = [address for value in values(fields, "from") for address in read_mailboxes(value)]
     if len(author) != 1:
         raise refusal(f"The From field names {len(author)} mailboxes, not one")
     builder.add("From", _addresses(author))
@@ -152,7 +152,7 @@ def _readable(field_values: Iterable[bytes]) -> list[str]:
     found: dict[str, None] = {}
     for value in field_values:
         try:
-            found.update(dict.fromkeys(parse_mailboxes(value)))
+            found.update(dict.fromkeys(read_mailboxes(value)))
         except FormatError:
             continue
     return [address for address in found if address.isprintable()]
