@@ -49,7 +49,8 @@ async def test_outer_ids(sqlite_store: Store, now_ms: int, tmp_path: Path) -> No
     """Found by the inner id; the inner id itself, which others do not know, is not in the file."""
     sqlite_store.remember_outer_id("<inner-1@a.example>", "<outer-1@a.example>", now_ms)
     await sqlite_store.flush()
-    assert await sqlite_store.outer_ids(["<inner-1@a.example>", "<inner-2@a.example>"]) == {"<inner-1@a.example>": "<outer-1@a.example>"}
+    found = await sqlite_store.outer_ids(["<inner-1@a.example>", "<inner-2@a.example>"])
+    assert found == {"<inner-1@a.example>": "<outer-1@a.example>"}
     assert await sqlite_store.outer_ids([]) == {}
     await sqlite_store.close()
     raw = sqlite3.connect(tmp_path / "store" / "store.sqlite")

@@ -180,7 +180,9 @@ async def test_exactly_one_connection_is_first(open_store: Open, claim: Make, no
         assert len({result.row_id for result in results}) == 1
 
 
-async def test_the_hash_of_a_message_is_not_stored_as_it_is(sqlite_store: Store, claim: Make, now_ms: int, tmp_path: Path) -> None:
+async def test_the_hash_of_a_message_is_not_stored_as_it_is(
+    sqlite_store: Store, claim: Make, now_ms: int, tmp_path: Path,
+) -> None:
     """Whoever reads the file must not be able to test whether a known text was received."""
     await sqlite_store.judge(claim(original_sha512=b"\x5a" * 64), Arrival(now_ms), LIMITS)
     await sqlite_store.close()

@@ -56,7 +56,7 @@ class Writer:
         self._engine = engine
         self._connection: Connection | None = None
         self._queue: queue.SimpleQueue[_Job | _Signal] = queue.SimpleQueue()
-        self._lazy: deque[_Job] = deque()
+        self._lazy: deque[_Job] = deque(maxlen=MAX_LAZY)
         self._closed = False
         self._failing = False
         self._thread = threading.Thread(target=self._main, name=name, daemon=True)
@@ -77,8 +77,6 @@ class Writer:
         if not self._lazy:
             self._queue.put(_Signal.NUDGE)
         self._lazy.append(_Job(operation, None, None, write=True))
-        while len(self._lazy) > MAX_LAZY:
-            self._lazy.popleft()
 
     async def close(self) -> None:
         """Finish what was submitted, then close the connection."""
@@ -107,7 +105,7 @@ class Writer:
             if items and all(item is _Signal.NUDGE for item in items):
                 continue        # the first lazy operation after a pause: it waits for company
             going = _Signal.STOP not in items
-            jobs = self._take_lazy(everything=not going) + [item for item in items if isinstance(item, _Job)]
+            jobs = self._take_lazy() + [item for item in items if isinstance(item, _Job)]
             writes = [job for job in jobs if job.write]
             reads = [job for job in jobs if not job.write]
             if writes:
@@ -127,10 +125,12 @@ class Writer:
                 items.append(self._queue.get_nowait())
         return items
 
-    def _take_lazy(self, *, everything: bool) -> list[_Job]:
+    def _take_lazy(self) -> list[_Job]:
+        """All of them: whoever waits now was promised that they come before."""
         jobs: list[_Job] = []
-        while self._lazy and (everything or len(jobs) < 4 * MAX_BATCH):
-            jobs.append(self._lazy.popleft())
+        with suppress(IndexError):
+            while len(jobs) < MAX_LAZY:
+                jobs.append(self._lazy.popleft())
         return jobs
 
     def _run(self, jobs: list[_Job], *, write: bool) -> None:
