@@ -50,7 +50,7 @@ class _Signal(Enum):
 
 
 class Writer:
-    """Runs operations in order of arrival. `start` opens the connection; errors of the database never end the thread."""
+    """Runs operations in order of arrival. Errors of the database never end the thread: the next operation tries anew."""
 
     def __init__(self, engine: Engine, *, name: str) -> None:
         self._engine = engine
@@ -74,9 +74,9 @@ class Writer:
     def later(self, operation: Operation[object]) -> None:
         """Run with the next commit, or within half a second. For what may be lost in a crash; an outage is waited for."""
         self._refuse_closed()
-        if not self._lazy:
-            self._queue.put(_Signal.NUDGE)
         self._lazy.append(_Job(operation, None, None, write=True))
+        if len(self._lazy) == 1:    # asked after appending: the thread, once woken, must find it
+            self._queue.put(_Signal.NUDGE)
 
     async def close(self) -> None:
         """Finish what was submitted, then close the connection."""
