@@ -140,7 +140,11 @@ class ImapDelivery:
 
     async def withdraw(self, session: Session, source: Folder, uid: int) -> None:
         await session.enter(self._target or source)
-        await session.box.expunge([uid])
+        try:
+            await session.box.expunge([uid])
+        except MailboxError as error:
+            if error.code != "NOUIDPLUS":       # then it stays, marked deleted
+                raise
 
     async def reflag(self, session: Session, source: Folder, parcel: Parcel, flags: Sequence[str]) -> None:
         if not parcel.copy:

@@ -102,6 +102,7 @@ class ForeignFolders:
             log.warning("folder went backwards", account=self._account.name, folder=folder.name)
             await self._store.distrust(self._clock(), recipient=self._account.name)
             known.messages = status.messages
+            await self._remember(folder, known)
             if status.uidvalidity != known.uidvalidity or status.uidnext <= known.last_uid:
                 known = None
         if known is None:

@@ -239,6 +239,8 @@ class Receiver:
         except MailboxError as error:
             if session.box.lost.is_set():
                 raise
+            if error.code == "NOUIDPLUS":       # copied, and marked deleted here: that is as far as this server goes
+                return Moves(dict.fromkeys(uids, 0), {})
             if len(uids) == 1:
                 return Moves({}, {uids[0]: error.code})
             moved = {}
