@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
 
 from malote.config import AccountConfig
 from malote.incoming.mailbox import Mailbox
@@ -75,14 +76,15 @@ class Script:
 
     async def gone(self) -> bytes:
         """Whatever the client still sends until it closes."""
-        try:
-            return await self._reader.read()
-        except ConnectionError:
-            return b""
+        said = b""
+        with contextlib.suppress(ConnectionError):
+            while data := await self._reader.read(65536):
+                said += data
+        return said
 
 
 @contextlib.asynccontextmanager
-async def scripted(play: Callable[[Script], Awaitable[None]]) -> AsyncIterator[int]:
+async def scripted(play: Callable[[Script], Awaitable[object]]) -> AsyncIterator[int]:
     """A server whose connections follow `play`; yields its port. What goes wrong in the script fails the test."""
     failures: list[BaseException] = []
     running: set[asyncio.Task[None]] = set()
@@ -107,6 +109,8 @@ async def scripted(play: Callable[[Script], Awaitable[None]]) -> AsyncIterator[i
         yield server.sockets[0].getsockname()[1]
     finally:
         server.close()
+        if running:
+            await asyncio.wait(running, timeout=2)      # the client has closed; let the scripts see it
         for task in list(running):
             task.cancel()
         await asyncio.gather(*running, return_exceptions=True)
@@ -117,7 +121,7 @@ async def scripted(play: Callable[[Script], Awaitable[None]]) -> AsyncIterator[i
 
 @contextlib.asynccontextmanager
 async def opened(port: int, *, folder: str | None = None, seconds: float = 20, max_message_bytes: int = 160 * 1024 * 1024,
-                 **changes: object) -> AsyncIterator[Mailbox]:
+                 **changes: Any) -> AsyncIterator[Mailbox]:
     """A logged-in mailbox, with `folder` selected."""
     box = await Mailbox.connect(account(port, **changes), password=secret, command_seconds=seconds,
                                 max_message_bytes=max_message_bytes)

@@ -233,9 +233,9 @@ class MailProtocol(aioimaplib.IMAP4ClientProtocol):     # type: ignore[misc]
             raise ValueError("a continuation that nobody asked for")
 
     def _tagged(self, tag: str, status: Status | None) -> None:
-        command = self.pending.pop(tag, None)
-        if command is None or status is None or status.result not in ("OK", "NO", "BAD"):
+        if tag not in self.pending or status is None or status.result not in ("OK", "NO", "BAD"):
             raise ValueError("an answer to no command")
+        command = self.pending.pop(tag)
         if command.name == "STARTTLS" and status.result == "OK":
             self._upgrading = True
             self.transport.pause_reading()
