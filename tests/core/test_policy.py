@@ -34,10 +34,10 @@ STRENGTH = {Level.NEVER: 0, Level.PREFER: 1, Level.REQUIRE: 2}
 
 
 def decide(*rules: RuleConfig, recipient: str = BOB, card: bool = False, had_card: bool | None = None,
-           control: Control | None = None, encrypted: Encrypted = "no", identity: bool = True) -> Decision:
+           control: Control | None = None, reply: bool = False, encrypted: Encrypted = "no", identity: bool = True) -> Decision:
     return decide_recipient(
-        rules, ALICE, recipient, card=card, had_card=card if had_card is None else had_card, control=control, encrypted=encrypted,
-        identity=identity,
+        rules, ALICE, recipient, card=card, had_card=card if had_card is None else had_card, control=control, reply=reply,
+        encrypted=encrypted, identity=identity,
     )
 
 
@@ -64,6 +64,11 @@ def decide(*rules: RuleConfig, recipient: str = BOB, card: bool = False, had_car
     ((RuleConfig(seal=Level.REQUIRE, allow_no=True),), {"control": "no"}, Action.PLAIN),
     ((RuleConfig(seal=Level.REQUIRE, allow_no=True),), {}, Action.REFUSE),
     ((RuleConfig(allow_no=True),), {"had_card": True}, Action.REFUSE),
+    # a reply to sealed mail quotes it: to nobody in clear
+    ((), {"reply": True}, Action.REFUSE),
+    ((), {"reply": True, "card": True}, Action.SEAL),
+    ((NEVER,), {"reply": True}, Action.PLAIN),
+    ((RuleConfig(allow_no=True),), {"reply": True, "control": "no"}, Action.PLAIN),
     # the first rule that matches
     ((RuleConfig(recipients=("@c.example",), seal=Level.NEVER), REQUIRE), {}, Action.REFUSE),
     ((RuleConfig(recipients=("@b.example",), seal=Level.NEVER), REQUIRE), {"card": True}, Action.PLAIN),
@@ -92,16 +97,19 @@ levels = st.builds(RuleConfig, seal=st.sampled_from(Level), allow_no=st.booleans
 controls = st.sampled_from([None, "yes", "no"])
 
 
-@given(levels, st.booleans(), st.booleans(), controls)
-def test_nothing_goes_below_the_floor(rule: RuleConfig, card: bool, had_card: bool, control: Control | None) -> None:
+@given(levels, st.booleans(), st.booleans(), controls, st.booleans())
+def test_nothing_goes_below_the_floor(
+    rule: RuleConfig, card: bool, had_card: bool, control: Control | None, reply: bool,
+) -> None:
     """No header and no history makes less than the table says, nor more than its ceiling; and history only adds."""
-    level = decide_level(rule, card=card, had_card=had_card, control=control)
+    level = decide_level(rule, card=card, had_card=had_card, control=control, reply=reply)
     assert STRENGTH[floor_of(rule)] <= STRENGTH[level] <= STRENGTH[ceiling_of(rule, control)]
     if not rule.allow_no:
         assert STRENGTH[level] >= STRENGTH[rule.seal]
         assert STRENGTH[level] >= STRENGTH[decide_level(rule, card=False, had_card=False, control=None)]
     assert STRENGTH[level] >= STRENGTH[decide_level(rule, card=False, had_card=False, control=control)]
-    if rule.seal is not Level.NEVER and not (rule.allow_no and control == "no") and (card or had_card or control == "yes"):
+    asked = card or had_card or reply or control == "yes"
+    if asked and rule.seal is not Level.NEVER and not (rule.allow_no and control == "no"):
         assert level is Level.REQUIRE
 
 
@@ -145,6 +153,8 @@ def test_what_the_refusal_says() -> None:
         check_recipients([decide(REQUIRE, recipient="jörg@b.example")])
     with pytest.raises(SenderRefused, match=r"No identity for alice@a\.example .* nothing was sent. `malote keys new"):
         check_recipients([decide(REQUIRE, card=True, identity=False)])
+    with pytest.raises(KeyMissing, match=r"This answers sealed mail, but there is no key for bob@b\.example; nothing was sent"):
+        check_recipients([decide(reply=True)])
     check_recipients([decide(card=True), decide()])
 
 

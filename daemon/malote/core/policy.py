@@ -1,9 +1,9 @@
 """Who gets a message sealed, who clear, who not at all: the administrator's table and what is joined to it.
 
-The first rule that matches a recipient gives a floor and a ceiling. What the user asks for and the history of the card are
-joined (the stronger counts), then capped by the ceiling; only `seal = "never"`, or `allow_no` together with the user's no, make
-the ceiling lower than `require`. After the last rule stands the default row: `prefer`. Pure: `decide_*` returns, `check_*`
-raises.
+The first rule that matches a recipient gives a floor and a ceiling. What the user asks for, a reply to sealed mail and the
+history of the card are joined (the stronger counts), then capped by the ceiling; only `seal = "never"`, or `allow_no` together
+with the user's no, make the ceiling lower than `require`. After the last rule stands the default row: `prefer`. Pure:
+`decide_*` returns, `check_*` raises.
 """
 
 from __future__ import annotations
@@ -64,26 +64,31 @@ class Decision:
 
 def decide_recipient(
     rules: Sequence[RuleConfig], sender: str, recipient: str, *, card: bool, had_card: bool,
-    control: Control | None = None, encrypted: Encrypted = "no", identity: bool = True,
+    control: Control | None = None, reply: bool = False, encrypted: Encrypted = "no", identity: bool = True,
 ) -> Decision:
     """What happens for one recipient (canonical address).
 
     `card`: a usable card is held; `had_card`: one is or ever was. `identity`: there is one for `sender` (canonical, from From):
-    what cannot be signed is never sealed. `encrypted`: what the root test of `core.encrypted` says of the whole message.
+    what cannot be signed is never sealed. `reply`: In-Reply-To or References name a message that was sealed (RFC 9787 5.4: what
+    it quotes must not leave in clear). `encrypted`: what the root test of `core.encrypted` says of the whole message.
     """
     index, rule = find_rule(rules, recipient)
-    level = decide_level(rule, card=card, had_card=had_card, control=control)
-    action, covered, missing, reason = _decide_action(rule, level, sender, recipient, card, identity, encrypted)
-    where = f"rule {index + 1}" if index is not None else "default rule"
+    level = decide_level(rule, card=card, had_card=had_card, control=control, reply=reply)
+    action, covered, reason = _decide_action(rule, level, card and identity, encrypted)
+    missing = Missing.NOTHING
+    if action is Action.REFUSE:
+        missing = Missing.IDENTITY if card else Missing.CARD
+        reason = _refusal(missing, sender, recipient, only_reply=reply and rule.seal is not Level.REQUIRE and not had_card)
+    else:
+        reason += f" (rule {index + 1}: {level})" if index is not None else f" (default rule: {level})"
     return Decision(
-        recipient, action, level, index, f"{reason} ({where}: {level})" if missing is Missing.NOTHING else reason,
-        rule.mixed, rule.accept_encrypted, rule.list, covered, missing,
+        recipient, action, level, index, reason, rule.mixed, rule.accept_encrypted, rule.list, covered, missing,
     )
 
 
-def decide_level(rule: RuleConfig, *, card: bool, had_card: bool, control: Control | None) -> Level:
+def decide_level(rule: RuleConfig, *, card: bool, had_card: bool, control: Control | None, reply: bool = False) -> Level:
     """The joined and capped level. Never below `floor_of(rule)`, never above `ceiling_of(rule, control)`."""
-    joined = _max(rule.seal, Level.REQUIRE if card or had_card or control == "yes" else Level.NEVER)
+    joined = _max(rule.seal, Level.REQUIRE if card or had_card or reply or control == "yes" else Level.NEVER)
     return _min(_max(joined, floor_of(rule)), ceiling_of(rule, control))
 
 
@@ -109,26 +114,29 @@ def decide_envelope(
     return None if rule.allow_no or rule.accept_encrypted else decision
 
 
-def _decide_action(
-    rule: RuleConfig, level: Level, sender: str, recipient: str, card: bool, identity: bool, encrypted: Encrypted,
-) -> tuple[Action, bool, Missing, str]:
+def _decide_action(rule: RuleConfig, level: Level, possible: bool, encrypted: Encrypted) -> tuple[Action, bool, str]:
+    """What is done, whether it is encrypted already, and why. `possible`: there are a card and an identity."""
     if encrypted == "malote":
-        return Action.PLAIN, True, Missing.NOTHING, "sealed already"
+        return Action.PLAIN, True, "sealed already"
     covered = encrypted != "no"
     if level is Level.NEVER:
-        return Action.PLAIN, covered, Missing.NOTHING, "not to be sealed"
+        return Action.PLAIN, covered, "not to be sealed"
     if covered and rule.accept_encrypted:
-        return Action.PLAIN, True, Missing.NOTHING, "encrypted already, which the rule accepts"
-    if card and identity:
-        return Action.SEAL, False, Missing.NOTHING, "has a card"
+        return Action.PLAIN, True, "encrypted already, which the rule accepts"
+    if possible:
+        return Action.SEAL, False, "has a card"
     if level is Level.PREFER:
-        return Action.PLAIN, covered, Missing.NOTHING, "no card"
-    if not card:
-        return Action.REFUSE, False, Missing.CARD, (
-            f"No key for {_shown(recipient)}; nothing was sent. Ask them for their card and `malote keys import` it"
-        )
-    return Action.REFUSE, False, Missing.IDENTITY, (
-        f"No identity for {_shown(sender)} to sign with, and mail to {_shown(recipient)} must be sealed; nothing was sent. "
+        return Action.PLAIN, covered, "no card"
+    return Action.REFUSE, False, ""
+
+
+def _refusal(missing: Missing, sender: str, recipient: str, *, only_reply: bool) -> str:
+    """What is missing, that nothing was sent, and the way out."""
+    why = "This answers sealed mail, but there is no" if only_reply else "No"
+    if missing is Missing.CARD:
+        return f"{why} key for {_shown(recipient)}; nothing was sent. Ask them for their card and `malote keys import` it"
+    return (
+        f"{why} identity for {_shown(sender)} to sign with, and mail to {_shown(recipient)} must be sealed; nothing was sent. "
         f"`malote keys new {_shown(sender)}` makes one"
     )
 
