@@ -9,10 +9,9 @@ import re
 from dataclasses import dataclass
 
 from malote.core.address import parse_mailboxes
-from malote.core.message import Bytes, Field, header_fields
+from malote.core.message import Bytes, Field, header_fields, values
 from malote.errors import FormatError
 
-_FOLD = re.compile(rb"\r?\n(?=[ \t])")
 _MESSAGE_ID = re.compile(rb"[\x21-\x7e][\x20-\x7e]{0,997}")
 _ODD = re.compile(rb"\r(?!\n)|\x00")        # what some programs take for a line end or an end of text
 
@@ -33,19 +32,19 @@ def read_inner(original: Bytes) -> InnerHeader:
 
 
 def _message_id(fields: list[Field]) -> str:
-    values = [_FOLD.sub(b"", field.raw_value).strip(b" \t\r") for field in fields if field.name == "message-id"]
-    return values[0].decode("ascii") if len(values) == 1 and _MESSAGE_ID.fullmatch(values[0]) else ""
+    found = values(fields, "message-id")
+    return found[0].decode("ascii") if len(found) == 1 and _MESSAGE_ID.fullmatch(found[0]) else ""
 
 
 def _from_address(fields: list[Field]) -> str | None:
     """The one mailbox of the one From field, if no line of the header holds an odd line end."""
     if any(_ODD.search(field.raw) for field in fields):
         return None
-    values = [field.raw_value for field in fields if field.name == "from"]
-    if len(values) != 1:
+    found = values(fields, "from")
+    if len(found) != 1:
         return None
     try:
-        mailboxes = parse_mailboxes(values[0])
+        mailboxes = parse_mailboxes(found[0])
     except FormatError:
         return None
     return mailboxes[0] if len(mailboxes) == 1 else None
