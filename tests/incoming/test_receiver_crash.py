@@ -30,7 +30,8 @@ async def killed(box: Box, tmp_path: Path, deliver: str, step: str) -> None:
     identity = tmp_path / "identity"
     identity.write_bytes(serialize_identity(box.identity))
     root = Path(__file__).parents[2]
-    command = [sys.executable, crash.__file__, str(tmp_path / "device"), str(box.dovecot.port), box.user, deliver, str(identity), step]
+    command = [sys.executable, crash.__file__, str(tmp_path / "device"), str(box.dovecot.port), box.user, deliver,
+               str(identity), step]
     paths = os.pathsep.join((str(root / "daemon"), str(root / "tests")))
     done = await asyncio.to_thread(subprocess.run, command, capture_output=True, check=False, timeout=60,
                                    env={**os.environ, "PYTHONPATH": paths})

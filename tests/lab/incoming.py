@@ -52,17 +52,23 @@ class Sender:
         self.identity = new_identity(self.address, SignatureAlgorithm.ED25519, now_ms() - 3_600_000)
 
     def seal(self, original: bytes, to: Identity, *, sent_at_ms: int | None = None, submission_id: bytes | None = None,
-             serial: int | None = None, prev: int | None = None, address: str | None = None) -> bytes:
+             serial: int | None = None, prev: int | None = None, address: str | None = None, frame: bytes = b"") -> bytes:
         last = self.serials.get(to.address, 0)
         number = last + 1 if serial is None else serial
         self.serials[to.address] = max(last, number)
         sent = now_ms() if sent_at_ms is None else sent_at_ms
-        outer = outer_headers(original, sent_at_ms=sent, sender_domain="sender.example", received=b"", known_outer_ids={})
+        outer = outer_headers(frame or original, sent_at_ms=sent, sender_domain="sender.example", received=b"",
+                              known_outer_ids={})
         recipient = SealRecipient(address or to.address, to.decryption[0].public, "to", self.stream, number,
                                   number - 1 if prev is None else prev)
         sealed = seal(original, identity=self.identity, recipients=[recipient], submission_id=submission_id or os.urandom(16),
                       sent_at_ms=sent, outer=outer)
         return b"Received: from mx.sender.example by mx.test.example; Mon, 23 Nov 2026 09:00:01 +0000\r\n" + sealed.raw
+
+
+    def seal_odd(self, original: bytes, to: Identity) -> bytes:
+        """An original that no outer header can be made from."""
+        return self.seal(original, to, frame=note(to=to.address))
 
 
 class Client:

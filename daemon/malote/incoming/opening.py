@@ -87,7 +87,7 @@ class Opener:
         except Unreadable as error:
             letter.kind, letter.reason = Kind.UNREADABLE, error.reason
         except Exception as error:  # noqa: BLE001 -- whatever a hostile message sets off, the mailbox goes on; the class is logged
-            log.error("message set off a fault", uid=letter.uid, fault=type(error).__name__)    # noqa: TRY400 -- never its text
+            log.error("message set off a fault", uid=letter.uid, fault=type(error).__name__)
             letter.kind, letter.reason = Kind.UNREADABLE, "fault"
 
 

@@ -99,7 +99,7 @@ class Watcher:
                 self.last_error = "internal fault"
                 where = traceback.extract_tb(error.__traceback__)[-1]
                 # never its text, which may hold content
-                log.error("fault in the watcher", account=self.account.name, fault=type(error).__name__,    # noqa: TRY400
+                log.error("fault in the watcher", account=self.account.name, fault=type(error).__name__,
                           where=f"{Path(where.filename).name}:{where.lineno}")
             if self._stopping.is_set():
                 break
