@@ -54,7 +54,8 @@ def test_the_note_and_the_limits_are_those_of_the_code() -> None:
     for line in NOTE.decode().splitlines():
         assert line in TEXT
     for row in (
-        f"| depth | {parts.MAX_DEPTH} |", f"counted | {parts.MAX_PARTS} |", f"| top-level header | {parts.MAX_TOP_HEADER_BYTES // 1024} KiB |",
+        f"| depth | {parts.MAX_DEPTH} |", f"counted | {parts.MAX_PARTS} |",
+        f"| top-level header | {parts.MAX_TOP_HEADER_BYTES // 1024} KiB |",
         f"| header of a part | {parts.MAX_PART_HEADER_BYTES // 1024} KiB |", f"| boundary | {parts.MAX_BOUNDARY_BYTES} bytes |",
         f"are none | {parts.MAX_FALSE_BOUNDARIES:,} |", f"| sealed parts tried | {opening.MAX_PAYLOADS} |",
         f"the whole message | {opening.MAX_TRIALS} |", f"above {MAX_SPANS}, another kind", f"`size` + {MAX_TABLE_BYTES:,}",

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
+import pytest
+
 from malote.core import blob, payload, primitives
 from malote.core.card import Card
 from malote.core.identity import Identity, new_identity
@@ -15,6 +17,7 @@ from malote.core.open import Opened, Unsealed, authenticate, unseal
 from malote.core.outer import OuterHeaders, outer_headers
 from malote.core.parts import find_parts
 from malote.core.seal import SealedMessage, SealRecipient, _outer_message, seal
+from malote.errors import Unreadable
 
 NOW_MS = 1_790_000_000_000      # September 2026
 STREAM = b"stream-1"
@@ -57,6 +60,13 @@ def unseal_as(raw: bytes, *identities: Identity) -> Unsealed:
 def open_as(raw: bytes, identity: Identity, card: Card | None = None) -> Opened:
     """Open with the identity's keys and, unless another is given, Alice's card."""
     return authenticate(unseal_as(raw, identity), card or person("alice").card)
+
+
+def refused(raw: bytes, who: Identity | None = None) -> str:
+    """Why Bob (or `who`) cannot open it. Whatever the reason, the text for people is the same."""
+    with pytest.raises(Unreadable, match=r"^cannot be opened \(no matching key, or damaged\)$") as caught:
+        unseal_as(raw, who or person("bob"))
+    return caught.value.reason
 
 
 class Envelope:

@@ -100,8 +100,9 @@ class Opened:
 def unseal(
     found: FoundParts, keys: Sequence[tuple[str, DecryptionKey]], *, max_original_bytes: int = MAX_SIZE
 ) -> Unsealed:
-    """Open with one of `keys` (address or "@domain", key). Raises `Unreadable`, and nothing else, whatever `found` holds.
+    """Open with one of `keys` (address or "@domain", key), in the order in which they are to be tried: newest first.
 
+    Raises `Unreadable`, and nothing else, whatever `found` holds.
     A part at the top counts before one in an attached message; of several, the first that opens.
     """
     trials = _Trials(found, keys)
@@ -208,15 +209,15 @@ class _Trials:
         return None
 
     def _pairs(self, eid: bytes) -> Iterator[tuple[KeyBlob, DecryptionKey]]:
-        """Blobs and keys in the order to be tried: those whose hint fits first, then all others."""
-        hinted: list[tuple[KeyBlob, DecryptionKey]] = []
-        others: list[tuple[KeyBlob, DecryptionKey]] = []
-        for kid, blob in self._blobs:
-            if blob.eid == eid:
-                for key in self._keys:
-                    (hinted if kid == key.public.id[:KID_BYTES].hex() else others).append((blob, key))
-        yield from hinted
-        yield from others
+        """Blobs and keys in the order to be tried: those whose hint fits, then the first key with all others, and so on."""
+        blobs = [(kid, blob) for kid, blob in self._blobs if blob.eid == eid]
+        hints = {kid for kid, _ in blobs if kid}
+        keys = [(key.public.id[:KID_BYTES].hex(), key) for key in self._keys]
+        for hint, key in keys:
+            if hint in hints:
+                yield from ((blob, key) for kid, blob in blobs if kid == hint)
+        for hint, key in keys:
+            yield from ((blob, key) for kid, blob in blobs if kid != hint)
 
     def _unwrap(self, blob: KeyBlob, key: DecryptionKey, header: payload.Header) -> BlobContent:
         if self._left == 0:
