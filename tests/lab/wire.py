@@ -44,6 +44,9 @@ class RecordingDesk:
         self.events.append(("auth", mechanism, initial))
         if self.on_authenticate is not None:
             return await self.on_authenticate(session, mechanism, initial)
+        for prompt in (b"User Name", b"Password")[0 if mechanism == "LOGIN" else 1:] if initial is None else ():
+            if await session.challenge(prompt) is None:
+                return AuthOutcome(Reply(535, "5.7.8", "Given up"))
         return AuthOutcome(Reply(235, "2.7.0", "Welcome"), "anna")
 
     async def mail(self, session: ClientSession, address: str, params: Mapping[str, str | bool]) -> Reply:

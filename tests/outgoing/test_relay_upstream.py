@@ -87,15 +87,20 @@ class TestEachPhaseFails:
             for answer in (b"220 x\r\n", b"250 x\r\n", b"250 ok\r\n", b"250 ok\r\n", b"354 go\r\n"):
                 writer.write(answer)
                 await reader.readline()
-            writer.write(b"552 5.3.4 enough\r\n")
-            await writer.drain()
-            await reader.read()
+            writer.write(b"552 5.3.4 enough\r\n")     # the body does not fit the socket buffers and is never read
+            await released.wait()
             writer.close()
+
+        released = asyncio.Event()
 
         server = await asyncio.start_server(serve, HOST, 0)
         port = server.sockets[0].getsockname()[1]
         upstream = Upstream(UpstreamConfig(host=HOST, port=port, security="none"))
-        assert await send(upstream, b"x" * 998 + b"\r\n" * 100_000) == (Reply(552, "5.3.4", "enough"),)
+        dotted: list[bool] = []
+        content = (b"x" * 998 + b"\r\n") * 30_000
+        assert await send(upstream, content, on_final_dot=lambda: dotted.append(True)) == (Reply(552, "5.3.4", "enough"),)
+        assert dotted == []
+        released.set()
         await upstream.close()
         server.close()
 
