@@ -153,12 +153,13 @@ class Box:
                              evidence="a test", now_ms=since_ms or now_ms() - 1_800_000, succession=False)
 
     async def watcher(self, store: Store, identities: Sequence[Identity] | None = None, **settings: Any) -> Watcher:
-        """One device. `clock` among the settings: a function that gives ms."""
+        """One device. Among the settings also `clock`, a function that gives ms, and `device`, its name in marks."""
         clock = settings.pop("clock", now_ms)
+        device = settings.pop("device", None) or device_name(await store.local_key("device"))
         held = [self.identity] if identities is None else identities
         keys = account_keys(held, (self.user,))
         return Watcher(self.config(**settings), store=store, keys=lambda: keys, clock=clock, password=_password,
-                       device=device_name(await store.local_key("device")))
+                       device=device)
 
     async def close(self) -> None:
         self.client.close()

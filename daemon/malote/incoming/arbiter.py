@@ -11,6 +11,7 @@ lost has gone: the device with the greater name removes its copy, if the other o
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -20,6 +21,7 @@ from malote.incoming.account import Mark
 # copies are left are nobody's winner that is still at work.
 CONTEST_MS = 30_000
 MAX_CONTESTS = 10_000       # a hostile server can show as many marked copies as it likes
+MAX_DELIVERED = 10_000      # of what was delivered lately: about 100 bytes each
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +52,17 @@ class Contests:
 
     def __init__(self) -> None:
         self._due: dict[str, int] = {}      # first half of the mark -> ms
+        self._delivered: OrderedDict[str, None] = OrderedDict()     # first halves of marks of copies that we have made lately
+
+    def note_delivered(self, message: str) -> None:
+        self._delivered[message] = None
+        if len(self._delivered) > MAX_DELIVERED:
+            self._delivered.popitem(last=False)
+
+    def note_other(self, message: str, now_ms: int) -> None:
+        """Another device's copy was seen: contested if we have made one too."""
+        if message in self._delivered:
+            self.open(message, now_ms)
 
     def open(self, message: str, now_ms: int) -> None:
         if message not in self._due and len(self._due) < MAX_CONTESTS:

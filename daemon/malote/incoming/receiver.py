@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -33,7 +32,6 @@ RETRY_FIRST_MS = 60_000             # of a message that could not be delivered; 
 RETRY_MOST_MS = 6 * 3_600_000
 NEVER_MS = 2**53                    # until the keys change
 UNREADABLE_KEYWORD = "$MaloteUnreadable"
-MAX_RECENT = 10_000                 # of what was delivered lately: about 100 bytes each
 # Not the message's fault: another form of it would fare no better
 NO_ROOM = frozenset({"OVERQUOTA", "LIMIT", "TOOBIG", "INUSE", "UNAVAILABLE", "TRYCREATE", "NONEXISTENT", "NOPERM", "DISK",
                      "NOT-STORED"})
@@ -85,7 +83,6 @@ class Receiver:
         self._limits = limits
         self._device = device
         self._clock = clock
-        self._recent: OrderedDict[str, None] = OrderedDict()        # first halves of marks that we have delivered
         self.own_copies: dict[tuple[bytes, int], set[int]] = {}     # (folder, uidvalidity) -> UIDs, not to be looked at again
 
     async def receive(self, session: Session, place: Place, uids: Sequence[int]) -> list[int]:
@@ -141,8 +138,7 @@ class Receiver:
             mark = letter.mark
             if letter.kind is Kind.OURS and mark is not None and mark.device != self._device:
                 others[mark.message] = letter.uid
-                if mark.message in self._recent:
-                    self._contests.open(mark.message, self._clock())
+                self._contests.note_other(mark.message, self._clock())
         return others
 
     # --- decide ---
@@ -216,10 +212,8 @@ class Receiver:
             own = self.own_copies.setdefault((place.folder.wire, place.uidvalidity), set())
             own.update(item.parcel.copy for item in delivered if item.parcel is not None and item.parcel.copy)
         for item in delivered:
-            if item.parcel is not None:
-                self._recent[item.parcel.mark.message] = None
-        while len(self._recent) > MAX_RECENT:
-            self._recent.popitem(last=False)
+            if item.parcel is not None and item.parcel.own:
+                self._contests.note_delivered(item.parcel.mark.message)
 
     async def _follow_flags(self, session: Session, place: Place, delivered: Sequence[Judged]) -> None:
         """A person may have read or flagged the original since it was fetched; after the MOVE nobody sees its flags."""

@@ -1,0 +1,193 @@
+"""Two devices on one mailbox, and a person's own client in between: at rest there is exactly one copy of everything."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable
+
+import pytest
+
+from lab.incoming import QUARANTINE, SEALED, Box, Client, note, verdicts
+from malote.incoming.account import Mark
+from malote.incoming.arbiter import CONTEST_MS, Copy, decide_after_lost_move, decide_contest
+from malote.incoming.mailbox import Mailbox
+from malote.incoming.watcher import Watcher, now_ms
+
+SMALL, LARGE = "0" * 16, "f" * 16
+
+
+def before(monkeypatch: pytest.MonkeyPatch, watcher: Watcher, method: str, action: Callable[[], Awaitable[object]]) -> None:
+    """Do something else just before the first call of a mailbox method by this watcher."""
+    original = getattr(Mailbox, method)
+    waiting = [action]
+
+    async def replaced(self: Mailbox, *arguments: object, **options: object) -> object:
+        if waiting and self._account is watcher.account:
+            await waiting.pop()()
+        return await original(self, *arguments, **options)
+
+    monkeypatch.setattr(Mailbox, method, replaced)
+
+
+async def test_both_at_once(box: Box) -> None:
+    """Thirty messages, two watchers started together; afterwards each message is there once, opened, fresh."""
+    first = await box.watcher(await box.open_store("a"))
+    second = await box.watcher(await box.open_store("b"))
+    for number in range(30):
+        box.client.put(box.seal(note(f"number {number}", to=box.user)))
+    await asyncio.gather(first.run_once(), second.run_once())
+    await asyncio.gather(first.run_once(), second.run_once())
+    opened = box.client.messages()
+    assert Counter(message["Subject"] for message in opened) == {f"number {number}": 1 for number in range(30)}
+    assert verdicts(opened) == ["FRESH"] * 30
+    assert len(box.client.uids(SEALED)) == 30
+    assert box.client.uids(QUARANTINE) == []
+
+
+@pytest.mark.parametrize("deliver", ["replace", "folder"])
+async def test_who_loses_the_move_takes_its_copy_back(box: Box, monkeypatch: pytest.MonkeyPatch, deliver: str) -> None:
+    """The second opens and moves everything while the first is between judgement and APPEND, or between APPEND and MOVE."""
+    first = await box.watcher(await box.open_store("a"), deliver=deliver)
+    second = await box.watcher(await box.open_store("b"), deliver=deliver)
+    target = "INBOX" if deliver == "replace" else "Malote/Opened"
+    for method in ("append_many", "move"):
+        box.client.put(box.seal(note(method, to=box.user)))
+        before(monkeypatch, first, method, second.run_once)
+        await first.run_once()
+        monkeypatch.undo()
+    await first.run_once()
+    assert [message["Subject"] for message in box.client.messages(target)] == ["append_many", "move"]
+    assert verdicts(box.client.messages(target)) == ["FRESH"] * 2
+    assert len(box.client.uids(SEALED)) == 2
+    assert box.client.uids(QUARANTINE) == []
+
+
+async def test_a_copy_that_another_device_left_is_taken_over(box: Box, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first has stored its copy and was switched off before the MOVE: the second moves the original and adds no copy."""
+    first = await box.watcher(await box.open_store("a"))
+    second = await box.watcher(await box.open_store("b"))
+    box.client.put(box.seal())
+
+    async def switched_off() -> None:
+        raise ConnectionAbortedError
+
+    before(monkeypatch, first, "move", switched_off)
+    with pytest.raises(ConnectionAbortedError):
+        await first.run_once()
+    monkeypatch.undo()
+    await second.run_once()
+    assert verdicts(box.client.messages()) == ["FRESH"]
+    assert len(box.client.uids(SEALED)) == 1
+    await first.run_once()
+    assert verdicts(box.client.messages()) == ["FRESH"]
+    assert box.client.uids(QUARANTINE) == []
+
+
+@pytest.mark.parametrize("crashed", [SMALL, LARGE])
+async def test_two_copies_after_a_crash_are_settled(box: Box, monkeypatch: pytest.MonkeyPatch, crashed: str) -> None:
+    """One dies between APPEND and MOVE while the other does the same and wins: after the contest's time one copy is left."""
+    late = [0]
+    winner = await box.watcher(await box.open_store("b"), device=SMALL if crashed == LARGE else LARGE,
+                               clock=lambda: now_ms() + late[0])
+    loser = await box.watcher(await box.open_store("a"), device=crashed, clock=lambda: now_ms() + late[0])
+    box.client.put(box.seal())
+
+    async def dies() -> None:
+        async def switched_off() -> None:
+            raise ConnectionAbortedError
+        before(monkeypatch, loser, "move", switched_off)
+        with pytest.raises(ConnectionAbortedError):
+            await loser.run_once()
+
+    before(monkeypatch, winner, "append_many", dies)
+    await winner.run_once()
+    monkeypatch.undo()
+    assert verdicts(box.client.messages()) == ["FRESH"] * 2, "for the moment"
+    for _ in range(2):
+        await loser.run_once()
+        await winner.run_once()
+        late[0] += CONTEST_MS + 1000
+    assert verdicts(box.client.messages()) == ["FRESH"]
+    assert len(box.client.uids(SEALED)) == 1
+    assert box.client.uids(QUARANTINE) == []
+
+
+def test_after_a_lost_move() -> None:
+    """The table of the arbiter."""
+    ours, other = Mark("a" * 32, SMALL), Mark("a" * 32, LARGE)
+    both, own = [Copy(ours, 1), Copy(other, 2)], [Copy(ours, 1)]
+    assert not decide_after_lost_move(ours, both, original_is_sealed=True, late=False)
+    assert decide_after_lost_move(ours, both, original_is_sealed=False, late=False), "a person moved it"
+    assert decide_after_lost_move(ours, own, original_is_sealed=True, late=False), "no other copy: ours is the only one"
+    assert decide_after_lost_move(ours, both, original_is_sealed=True, late=True), "a contest decides"
+    assert decide_contest(ours, both)
+    assert not decide_contest(other, both)
+    assert decide_contest(other, [Copy(other, 2)])
+
+
+class Person:
+    """Somebody who reads, flags, files and deletes mail while two watchers are at work."""
+
+    def __init__(self, box: Box, seed: int) -> None:
+        self.client = Client(box.dovecot.port, box.user)
+        self.client.imap.create("Filed")
+        self.random = random.Random(seed)
+        self.deleted: set[str] = set()
+
+    def act(self) -> None:
+        uids = self.client.uids()
+        if not uids:
+            return
+        uid = str(self.random.choice(uids))
+        match self.random.choice(["flag", "read", "file", "delete"]):
+            case "flag":
+                self.client.imap.uid("STORE", uid, "+FLAGS", "\\Flagged")
+            case "read":
+                self.client.imap.uid("FETCH", uid, "(BODY[])")
+            case "file":
+                self.client.imap.uid("MOVE", uid, "Filed")
+            case "delete":
+                _, data = self.client.imap.uid("FETCH", uid, "(BODY.PEEK[HEADER.FIELDS (Subject X-Number)])")
+                if data and data[0]:
+                    self.client.imap.uid("STORE", uid, "+FLAGS", "\\Deleted")
+                    self.client.imap.uid("EXPUNGE", uid)
+                    self.deleted.add(data[0][1].decode())
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+async def test_two_watchers_and_a_person(box: Box, seed: int) -> None:
+    """Whatever a person does meanwhile, no message has two opened copies, and none is lost that the person did not delete."""
+    began = now_ms()
+    clock = lambda: began + (now_ms() - began) * 10     # noqa: E731 -- contests are settled in three seconds
+    watchers = [await box.watcher(await box.open_store(name), clock=clock, late_days=30) for name in ("a", "b")]
+    running = [asyncio.create_task(watcher.run()) for watcher in watchers]
+    person = Person(box, seed)
+    raws: dict[str, bytes] = {}
+    for number in range(24):
+        raw = b"X-Number: %d\r\n" % number + box.seal(note(f"number {number}", to=box.user), sent_at_ms=clock())
+        raws[f"number {number}"] = raw
+        box.client.put(raw)
+        for _ in range(2):
+            await asyncio.to_thread(person.act)
+            await asyncio.sleep(person.random.random() / 20)
+    deadline = time.monotonic() + 20
+    quiet = 0
+    while quiet < 8 and time.monotonic() < deadline:
+        await asyncio.sleep(0.5)
+        quiet = quiet + 1 if not any(message["Malote"] for message in box.client.messages()) else 0
+    for watcher in watchers:
+        watcher.stop()
+    await asyncio.gather(*running)
+    person.client.close()
+    visible = [message for folder in ("INBOX", "Filed") for message in box.client.messages(folder)]
+    opened = Counter(str(message["Subject"]) for message in visible if message["Malote-Verdict"])
+    assert set(opened.values()) <= {1}
+    assert set(verdicts([message for message in visible if message["Malote-Verdict"]])) <= {"FRESH"}
+    filed_sealed = {str(message["X-Number"]) for message in visible if message["Malote"]}
+    for number in range(24):
+        gone = f"Subject: number {number}\r\n" in "".join(person.deleted) or f"X-Number: {number}\r\n" in "".join(person.deleted)
+        assert opened[f"number {number}"] == 1 or str(number) in filed_sealed or gone
+    assert box.client.uids(QUARANTINE) == []
