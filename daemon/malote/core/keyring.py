@@ -14,7 +14,14 @@ import pybase64
 from malote.core import primitives, strict_json
 from malote.core.armor import armored, dearmor, find_blocks
 from malote.core.card import Card
-from malote.core.identity import Identity, card_from_member, identity_from_members, identity_members
+from malote.core.identity import (
+    Identity,
+    card_from_member,
+    identity_from_members,
+    identity_members,
+    parse_identity,
+    serialize_identity,
+)
 from malote.core.primitives import VERSION_SUITE
 from malote.errors import FormatError, KeysLocked, Unreadable
 
@@ -192,3 +199,25 @@ def _objects(members: dict[str, Any], name: str) -> list[dict[str, Any]]:
     if not all(isinstance(entry, dict) for entry in entries):
         raise FormatError(f"member {name} is not a list of objects")
     return entries
+
+
+# --- one identity at rest
+
+
+def lock_identity(keyring: KeyringKey, identity: Identity) -> bytes:
+    return keyring.lock(serialize_identity(identity), _identity_aad(identity.address))
+
+
+def unlock_identity(keyring: KeyringKey, address: str, locked: bytes) -> Identity:
+    """Raises `KeysLocked`: damaged, under another passphrase, or of another address."""
+    try:
+        identity = parse_identity(keyring.unlock(locked, _identity_aad(address)))
+    except FormatError as error:
+        raise KeysLocked(f"the private keys of {address} in the store are damaged") from error
+    if identity.address != address:
+        raise KeysLocked(f"the private keys of {address} in the store belong to another address")
+    return identity
+
+
+def _identity_aad(address: str) -> bytes:
+    return b"identity\0" + address.encode()

@@ -1,0 +1,50 @@
+"""Where a command finds its configuration and its store."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import platformdirs
+
+from malote.config import Config, load_config
+
+SYSTEM_CONFIG = Path("/etc/malote/malote.toml")
+SYSTEM_STORE = Path("/var/lib/malote")
+
+
+@dataclass
+class Settings:
+    """`context.obj` of every command. The file is read when it is first needed, so that `--help` works without it."""
+
+    config_path: Path
+    named: bool     # by --config or $MALOTE_CONFIG
+
+    @classmethod
+    def at(cls, path: Path | None) -> Settings:
+        if path is not None:
+            return cls(path, named=True)
+        return cls(SYSTEM_CONFIG if os.geteuid() == 0 else platformdirs.user_config_path("malote") / "malote.toml", named=False)
+
+    @cached_property
+    def config(self) -> Config:
+        """Raises `ConfigError`. What `--config` names must be there."""
+        return load_config(self.config_path)
+
+    @cached_property
+    def config_or_defaults(self) -> Config:
+        """For commands that work before there is a configuration, as `malote keys new` does."""
+        return Config() if not self.named and not self.config_path.exists() else self.config
+
+    @property
+    def store_path(self) -> Path:
+        """The store's directory: configured, given to the service by systemd (StateDirectory=), or where such data belongs."""
+        configured = self.config_or_defaults.store.path
+        if configured is not None:
+            return configured
+        given = os.environ.get("STATE_DIRECTORY", "").partition(":")[0]
+        if given:
+            return Path(given)
+        return SYSTEM_STORE if os.geteuid() == 0 else platformdirs.user_data_path("malote")
