@@ -161,3 +161,17 @@ async def test_an_organisations_identity_signs_for_the_people_of_its_domain(tmp_
     got = opened(upstream.messages[0].content, BOB, domain)
     assert got.signature == "valid"
     assert (got.manifest.sender, got.manifest.scope) == ("carl@test.example", "gateway")
+
+
+async def test_a_reply_to_sealed_mail_leaves_sealed_or_not_at_all(tmp_path: Path) -> None:
+    """RFC 9787 5.4: what it quotes was sealed. Known by In-Reply-To or References, from mail that was sealed or opened here."""
+    async with Upstream() as upstream, gateway(tmp_path, upstream) as gw:
+        assert (await gw.submit(ALICE.address, [BOB.address], text(message_id="<first@test.example>"))).code == 250
+        gw.store.remember_outer_id("<second@else.example>", "<outer@else.example>", NOW_MS)
+        for fields in ({"in_reply_to": "<first@test.example>"}, {"references": "<x@y>\r\n <second@else.example>"}):
+            done = await gw.submit(ALICE.address, [STRANGER], text(to=STRANGER, **fields))
+            assert done.code == 550
+            assert done.data.startswith("550 5.7.1 This answers sealed mail, but there is no key for stranger@else.example")
+        assert (await gw.submit(ALICE.address, [STRANGER], text(to=STRANGER, in_reply_to="<other@x.example>"))).code == 250
+        assert (await gw.submit(ALICE.address, [BOB.address], text(in_reply_to="<first@test.example>"))).code == 250
+    assert [message.recipients for message in upstream.messages] == [[BOB.address], [STRANGER], [BOB.address]]

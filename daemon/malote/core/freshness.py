@@ -1,7 +1,7 @@
 """Judges one opened message against what is remembered: is it new, a repeat, late, out of order?
 
 Pure: `decide_verdict` gets the claim (what the message says, with how far it is proven), its arrival, and the rows that the
-store found; it returns what to show, what to write down and where the message goes. docs/format.md, Freshness, is the rule.
+store found; it returns what to show, what to write down and where the message goes. docs/format.md 10 is the rule.
 
 What the store does, in one transaction:
 

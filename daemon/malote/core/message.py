@@ -1,6 +1,6 @@
 """The header of a message as exact bytes: found, taken apart into fields, and edited before sealing.
 
-Nothing is parsed and written again: a field that stays keeps every byte (docs/format.md, The original). The edits are those of
+Nothing is parsed and written again: a field that stays keeps every byte (docs/format.md 6.4). The edits are those of
 the design and in its order: remove Bcc, Resent-Bcc, Return-Path and Malote's own control and status fields; add Date and
 Message-ID where missing. The body is never looked at and copied at most once.
 """

@@ -1,7 +1,7 @@
 """The outer headers of a sealed message, by allow-list: what everybody on the way may read.
 
-Nothing passes because nobody thought of it: each field here is built anew from values that were checked (docs/format.md, Outer
-headers; RFC 9788 hcp_shy, and shorter). Never a display name, never Bcc, never the author's Message-ID or Subject.
+Nothing passes because nobody thought of it: each field here is built anew from values that were checked (docs/format.md 4.3;
+RFC 9788 hcp_shy, and shorter). Never a display name, never Bcc, never the author's Message-ID or Subject.
 """
 
 from __future__ import annotations
@@ -84,9 +84,12 @@ def outer_headers(
     return builder.done(message_id)
 
 
-def threading_ids(original: bytes) -> list[str]:
-    """The inner Message-IDs that In-Reply-To and References name, each once: what to look up for `known_outer_ids`."""
-    fields = header_fields(original)
+def threading_ids(message: bytes | Iterable[Field]) -> list[str]:
+    """The inner Message-IDs that In-Reply-To and References name, each once: what to look up for `known_outer_ids`.
+
+    `message` or its fields, as `Prepared.kept`.
+    """
+    fields = header_fields(message) if isinstance(message, bytes) else list(message)
     return list(dict.fromkeys(_ids(fields, "in-reply-to") + _ids(fields, "references")))
 
 

@@ -1,4 +1,4 @@
-"""The headers in which we say what was found, and their removal from everything that others wrote (docs/format.md, Status).
+"""The headers in which we say what was found, and their removal from everything that others wrote (docs/threat-model.md, 5).
 
 `Malote-Verdict` carries an HMAC under the account's key over the verdict, all that is shown with it, and the message below;
 `Authentication-Results` (RFC 8601) an authserv-id with 128 bits that nobody outside knows. A message that arrives with either, or

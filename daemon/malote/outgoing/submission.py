@@ -124,7 +124,9 @@ class Submissions:
         prepared = prepare(content)
         line.from_address = prepared.from_address
         recipients = {recipient.address: recipient for recipient in tx.recipients}
-        identity = self._decide(recipients, prepared, content, submitter)
+        ids = threading_ids(prepared.kept)
+        known = await self._store.outer_ids(ids) if ids else {}
+        identity = self._decide(recipients, prepared, content, submitter, reply=bool(known))
         digest = await self._digest(prepared)
         key = (submitter.login, prepared.from_address, digest)
         async with AsyncExitStack() as stack:
@@ -137,7 +139,7 @@ class Submissions:
                 raise MaloteError("an identical message took too long", reply=TOO_LATE) from None
             plan = await self._begin(submitter, prepared.from_address, identity, digest, recipients)
             line.id = plan.submission_id.hex()
-            letter = await self._letter(session, prepared, identity, recipients, plan)
+            letter = await self._letter(session, prepared, identity, recipients, plan, known)
             shown = prepared.to_cc
             del prepared
             content.clear()
@@ -147,7 +149,7 @@ class Submissions:
     # decide
 
     def _decide(self, recipients: Mapping[str, Recipient], prepared: Prepared, content: bytearray,
-                submitter: Submitter) -> Identity | None:
+                submitter: Submitter, *, reply: bool) -> Identity | None:
         """The final action of each recipient, and who signs. Raises `MaloteError` when the whole message is refused."""
         from_address = prepared.from_address
         encrypted = decide_encrypted(content)
@@ -156,7 +158,7 @@ class Submissions:
         for recipient in recipients.values():
             recipient.decision = decide_recipient(
                 self.config.rules, from_address, recipient.address, card=recipient.card is not None, had_card=recipient.had_card,
-                control=prepared.controls, encrypted=encrypted, identity=exists)
+                control=prepared.controls, reply=reply, encrypted=encrypted, identity=exists)
         decisions = [recipient.decision for recipient in recipients.values()]
         check_recipients(decisions)
         check_mix(decisions)
@@ -188,14 +190,11 @@ class Submissions:
         return self.config.seal_to_self and identity is not None and from_address not in recipients
 
     async def _letter(self, session: ClientSession, prepared: Prepared, identity: Identity | None,
-                      recipients: Mapping[str, Recipient], plan: SendPlan) -> Letter:
+                      recipients: Mapping[str, Recipient], plan: SendPlan, known: Mapping[str, str]) -> Letter:
         from_address = prepared.from_address
         message_id = f"<{plan.submission_id.hex()}@{domain_of(from_address)}>"
         original = complete(prepared, date_ms=plan.first_at_ms, message_id=message_id)
         rows = {row.address: row for row in plan.rows}
-        known: Mapping[str, str] = {}
-        if identity is not None and (ids := threading_ids(original)):
-            known = await self._store.outer_ids(ids)
         return Letter(
             original=original, message_id=prepared.message_id or message_id, sender_address=from_address, identity=identity,
             recipients=recipients, rows=rows, submission_id=plan.submission_id, sent_at_ms=plan.sent_at_ms,
