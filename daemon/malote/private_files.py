@@ -22,7 +22,7 @@ def read_private_file(path: Path, *, error: type[MaloteError] = SecretUnavailabl
     data, status = _read(path, error)
     mode = stat.S_IMODE(status.st_mode)
     if status.st_uid != os.geteuid():
-        raise error(f"{path}: belongs to another user, not used", hint=f"it must belong to the user that runs malote; chmod 600 {path}")
+        raise error(f"{path}: belongs to another user, not used", hint="it must belong to the user that runs malote")
     if mode not in {0o600, 0o400}:
         raise error(f"{path}: has mode {mode:04o}, not used: its owner alone must be able to read it", hint=f"chmod 600 {path}")
     return _checked(data, str(path), error)
