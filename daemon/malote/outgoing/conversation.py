@@ -79,6 +79,7 @@ class Conversation(ClientWire):
         self._in_data = False
         self._overdue = False
         self._stopping = False
+        self._ending = False            # the conversation is over; the desk is tidying up
 
     # life of a connection
 
@@ -101,7 +102,7 @@ class Conversation(ClientWire):
 
     def connection_lost(self, error: Exception | None) -> None:
         """Before our first final dot upstream a vanished client ends the work, after it the work goes on."""
-        busy = self._phase is Phase.HANDLER and self._waiter is None
+        busy = self._phase is Phase.HANDLER and self._waiter is None and not self._ending
         self.wire_lost()
         if busy and self.task is not None and not (self._in_data and self.client._kept):
             self.task.cancel()
@@ -136,9 +137,13 @@ class Conversation(ClientWire):
         except ClientGone:
             pass
         finally:
+            self._ending = True
             self.hang_up()
-            self._connections.discard(self)
-            await self._end()
+            self.abort_later()
+            try:
+                await self._end()
+            finally:
+                self._connections.discard(self)
 
     async def _end(self) -> None:
         try:

@@ -10,6 +10,7 @@ from malote.errors import Reply, UpstreamError
 from malote.outgoing.connection import UpstreamConnection
 
 MAX_IDLE_SECONDS = 60           # below the 5 minutes of RFC 5321 4.5.3.2.7, and below what NAT routers forget
+RESET_SECONDS = 10              # for RSET; a new connection is cheaper than waiting longer
 MAX_TRANSACTIONS = 500          # per connection; servers answer 421 beyond a limit of theirs, this avoids asking for it
 
 _ALL_BUSY = Reply(451, "4.3.2", "All connections to the next mail server are in use, nothing was sent, try again later")
@@ -102,8 +103,9 @@ class Pool:
         if connection.usable and connection.in_transaction and not self._closed:
             self._opening += 1      # it counts while it is being reset
             try:
-                await connection.rset()
-            except UpstreamError:
+                async with asyncio.timeout(RESET_SECONDS):
+                    await connection.rset()
+            except (UpstreamError, TimeoutError):
                 connection.abort()
             finally:
                 self._opening -= 1

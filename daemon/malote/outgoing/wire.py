@@ -19,6 +19,7 @@ from malote.errors import Reply
 
 MAX_LINE = 12288 + 2            # RFC 4954 section 4: an AUTH line may have 12288 octets
 HIGH_WATER_BYTES = 64 * 1024    # unread command bytes above which the socket is left alone
+LINGER_SECONDS = 30             # for the last reply to leave after we have closed
 MIN_DATA_RATE = 512             # bytes per second averaged over the whole data phase: a 1980s modem; below it is a slow-loris
 
 _UNSAFE = re.compile(r"[\x00-\x09\x0b-\x1f\x7f]")
@@ -228,6 +229,11 @@ class ClientWire(asyncio.Protocol):
         self._eof = True
         self._wake()
         self.resume_writing()
+
+    def abort_later(self) -> None:
+        """A peer that does not take our last words must not keep the socket."""
+        if self.transport is not None and self.transport.get_write_buffer_size():
+            self.loop.call_later(LINGER_SECONDS, self.transport.abort)
 
 
 def encode_reply(reply: Reply) -> bytes:
