@@ -37,6 +37,10 @@ NO_ROOM = frozenset({"OVERQUOTA", "LIMIT", "TOOBIG", "INUSE", "UNAVAILABLE", "TR
                      "NOT-STORED"})
 
 
+# (folder on the wire, UIDVALIDITY) -> UIDs of copies that we have put there: they need not be looked at
+OwnCopies = dict[tuple[bytes, int], set[int]]
+
+
 @dataclass(frozen=True, slots=True)
 class Place:
     """Where a batch comes from, and what is known of when it came."""
@@ -70,7 +74,7 @@ class Receiver:
 
     def __init__(self, account: AccountConfig, *, store: Store, keys: AccountKeys, opener: Opener, delivery: Delivery,
                  folders: Folders, foreign: ForeignFolders, contests: Contests, outcomes: Outcomes, limits: FreshnessLimits,
-                 device: str, clock: Callable[[], int]) -> None:
+                 device: str, own_copies: OwnCopies, clock: Callable[[], int]) -> None:
         self._account = account
         self._store = store
         self._keys = keys
@@ -83,7 +87,7 @@ class Receiver:
         self._limits = limits
         self._device = device
         self._clock = clock
-        self.own_copies: dict[tuple[bytes, int], set[int]] = {}     # (folder, uidvalidity) -> UIDs, not to be looked at again
+        self._own_copies = own_copies
 
     async def receive(self, session: Session, place: Place, uids: Sequence[int]) -> list[int]:
         """Deal with these messages. Returns those that must come in a later batch: repeats of one in this batch.
@@ -209,7 +213,7 @@ class Receiver:
 
     def _note_copies(self, place: Place, delivered: Sequence[Judged]) -> None:
         if self._folders.target is None and self._account.deliver == "replace":
-            own = self.own_copies.setdefault((place.folder.wire, place.uidvalidity), set())
+            own = self._own_copies.setdefault((place.folder.wire, place.uidvalidity), set())
             own.update(item.parcel.copy for item in delivered if item.parcel is not None and item.parcel.copy)
         for item in delivered:
             if item.parcel is not None and item.parcel.own:

@@ -30,7 +30,7 @@ from malote.incoming.mailbox import Folder, Mailbox, Selected
 from malote.incoming.maildir import MaildirDelivery
 from malote.incoming.opening import Opener
 from malote.incoming.outcomes import Outcomes
-from malote.incoming.receiver import NEVER_MS, Place, Receiver, unreadable_reason
+from malote.incoming.receiver import NEVER_MS, OwnCopies, Place, Receiver, unreadable_reason
 from malote.incoming.scan import find_candidates
 from malote.incoming.session import Folders, Session
 from malote.store import Attempt, FolderState, Store
@@ -78,6 +78,7 @@ class Watcher:
         self._limits = FreshnessLimits(late_ms=account.late_days * DAY_MS, skew_ms=account.clock_skew_seconds * 1000)
         self._outcomes = Outcomes(account.name, store, clock, addresses=log_addresses)
         self._contests = Contests()
+        self._own_copies: OwnCopies = {}
         self._stopping = asyncio.Event()
         self._retention_ms = 0
         self._wake: Callable[[], None] = _nothing
@@ -160,7 +161,7 @@ class Watcher:
         receiver = Receiver(
             self.account, store=self._store, keys=keys, opener=opener, delivery=make_delivery(self.account, folders.target),
             folders=folders, foreign=foreign, contests=self._contests, outcomes=self._outcomes, limits=self._limits,
-            device=self._device, clock=self._clock)
+            device=self._device, own_copies=self._own_copies, clock=self._clock)
         return receiver, foreign
 
     def _tell(self, box: Mailbox, folders: Folders) -> None:
@@ -190,7 +191,7 @@ class Watcher:
                         folder=folder.name)
             state = None
         state = state or FolderState(selected.uidvalidity, 0, NEVER_LOOKED)
-        own = receiver.own_copies.setdefault((folder.wire, selected.uidvalidity), set())
+        own = self._own_copies.setdefault((folder.wire, selected.uidvalidity), set())
         found = await find_candidates(session.box, state.last_uid, skip=own, authserv_ids=keys.authserv_ids)
         waiting = await self._waiting(folder, selected)
         place = Place(folder, selected.uidvalidity, state.last_sync_ms or None, selected.keywords, waiting)

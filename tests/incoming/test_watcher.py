@@ -1,0 +1,271 @@
+"""The life of a watched account: news, several folders, broken connections, renumbered folders, long catch-ups, and its end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import uuid
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+import pytest
+import structlog
+
+from lab.incoming import QUARANTINE, SEALED, Box, note, verdicts
+from lab.servers import Lab
+from malote.core.identity import rotate
+from malote.errors import ConfigError, KeyMissing
+from malote.incoming import watcher as watcher_module
+from malote.incoming.account import account_keys
+from malote.incoming.mailbox import Mailbox
+from malote.incoming.watcher import Watcher, imap_day, now_ms
+
+DAY = 86_400_000
+
+
+async def until(condition: Callable[[], bool], seconds: float = 20) -> None:
+    async with asyncio.timeout(seconds):
+        while not condition():
+            await asyncio.sleep(0.05)
+
+
+@contextlib.asynccontextmanager
+async def running(watcher: Watcher) -> AsyncIterator[None]:
+    """The watcher at work; stopped at the end, and whatever it raised is raised."""
+    task = asyncio.create_task(watcher.run())
+    try:
+        yield
+    finally:
+        watcher.stop()
+        await asyncio.wait_for(task, 20)
+
+
+async def test_news_is_opened_as_it_comes(box: Box) -> None:
+    """IDLE: a message that arrives while we wait is opened at once; stopping ends the waiting at once."""
+    watcher = await box.watcher(await box.open_store())
+    async with running(watcher):
+        await until(lambda: watcher.state == "watching")
+        box.client.put(box.seal())
+        await until(lambda: verdicts(box.client.messages()) == ["FRESH"])
+        box.client.put(box.seal())
+        await until(lambda: verdicts(box.client.messages()) == ["FRESH"] * 2)
+    assert watcher.state == "stopped"
+
+
+async def test_polling_where_idle_is_missing(box: Box, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Mailbox, "has_idle", property(lambda self: False))
+    watcher = await box.watcher(await box.open_store(), poll_seconds=0.3)
+    async with running(watcher):
+        await until(lambda: watcher.state == "watching")
+        box.client.put(box.seal())
+        await until(lambda: verdicts(box.client.messages()) == ["FRESH"])
+
+
+async def test_several_folders(box: Box) -> None:
+    """Server rules may file sealed mail anywhere: each folder is looked at, names with any characters, \\Junk by its use.
+    Each opened message stays in the folder where it came; a folder that is not there is passed over."""
+    box.client.imap.create('"Entw&APw-rfe &- mehr"')
+    box.client.put(box.seal(), "Spam")
+    box.client.put(box.seal(), "Entw&APw-rfe &- mehr")
+    watcher = await box.watcher(await box.open_store(), folders=("INBOX", "\\Junk", "Entwürfe & mehr", "Nowhere"), poll_seconds=0.3)
+    async with running(watcher):
+        await until(lambda: verdicts(box.client.messages("Spam")) == ["FRESH"])
+        await until(lambda: verdicts(box.client.messages("Entw&APw-rfe &- mehr")) == ["FRESH"])
+        await until(lambda: watcher.state == "watching")
+        box.client.put(box.seal(), "Spam")
+        await until(lambda: verdicts(box.client.messages("Spam")) == ["FRESH"] * 2)
+    assert len(box.client.uids(SEALED)) == 3
+
+
+async def test_the_server_goes_away_and_comes_back(lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A lost connection is noticed, tried again with growing pauses, and nothing is missed or doubled."""
+    monkeypatch.setattr(watcher_module, "RECONNECT_FIRST_SECONDS", 0.05)
+    user = f"{uuid.uuid4().hex}@test.example"
+    dovecot = lab.dovecot([user])
+    box = Box(dovecot, tmp_path, user)
+    watcher = await box.watcher(await box.open_store())
+    with structlog.testing.capture_logs() as logs:
+        async with running(watcher):
+            await until(lambda: watcher.state == "watching")
+            box.client.put(box.seal())
+            await until(lambda: verdicts(box.client.messages()) == ["FRESH"])
+            box.client.close()
+            await asyncio.to_thread(dovecot.stop)
+            await until(lambda: watcher.state == "waiting")
+            assert watcher.last_error
+            await asyncio.to_thread(dovecot.start)
+            box.client = type(box.client)(dovecot.port, user)
+            box.client.put(box.seal())
+            await until(lambda: verdicts(box.client.messages()) == ["FRESH"] * 2)
+    assert [line["fault"] for line in logs if line["event"] == "mailbox not available"][0] == "MailboxLost"
+    assert len(box.client.uids(SEALED)) == 2
+    await box.close()
+
+
+async def test_a_wrong_password_is_not_hammered(box: Box, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Refused logins: pauses that grow, so that no server locks the account."""
+    monkeypatch.setattr(watcher_module, "RECONNECT_FIRST_SECONDS", 0.01)
+    watcher = await box.watcher(await box.open_store())
+    asked: list[float] = []
+
+    async def wrong() -> str:
+        asked.append(asyncio.get_running_loop().time())
+        return "wrong"
+
+    watcher._password = wrong
+    sleeps: list[float] = []
+    sleep = watcher._sleep
+
+    async def noted(seconds: float) -> None:
+        sleeps.append(seconds)
+        await sleep(min(seconds, 0.01))
+
+    monkeypatch.setattr(watcher, "_sleep", noted)
+    async with running(watcher):
+        await until(lambda: len(sleeps) >= 3, 60)
+    assert len(asked) >= 3
+    assert sleeps[2] > sleeps[0]
+
+
+async def test_a_renumbered_folder_is_looked_at_again(box: Box) -> None:
+    """UIDVALIDITY changes: everything is found again, nothing is opened twice, what is new is opened."""
+    store = await box.open_store()
+    box.client.imap.create("Work")
+    box.client.put(box.seal(), "Work")
+    await (await box.watcher(store, folders=("Work",))).run_once()
+    opened = box.client.fetch("Work")
+    box.client.select()
+    box.client.imap.delete("Work")
+    box.client.imap.create("Work")
+    box.client.put(opened[0], "Work")
+    box.client.put(box.seal(), "Work")
+    with structlog.testing.capture_logs() as logs:
+        await (await box.watcher(store, folders=("Work",))).run_once()
+    assert verdicts(box.client.messages("Work")) == ["FRESH", "FRESH"]
+    assert any("renumbered" in line["event"] for line in logs)
+    assert box.client.uids(QUARANTINE) == []
+
+
+async def test_catching_up_fetches_only_what_can_be_sealed(box: Box, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mailbox full of ordinary mail with a few sealed: whole messages are fetched only of those, in batches, with a
+    progress line; a catch-up that is broken off goes on where it was."""
+    monkeypatch.setattr(watcher_module, "BATCH_MESSAGES", 4)
+    monkeypatch.setattr(watcher_module, "PROGRESS_SECONDS", 0.0)
+    plain = note("plain", body="x" * 9000 + "\r\n")
+    mixed = (b"From: a@b.example\r\nSubject: two files\r\nMIME-Version: 1.0\r\nContent-Type: multipart/mixed; boundary=b\r\n\r\n"
+             + b"".join(b"--b\r\nContent-Type: application/pdf\r\nContent-Transfer-Encoding: base64\r\n\r\n" + b"JVBERi0x\r\n" * 600
+                        for _ in range(2)) + b"--b--\r\n")
+    for number in range(300):
+        box.client.put(mixed if number % 10 == 0 else plain)
+        if number % 30 == 0:
+            box.client.put(box.seal())
+    fetched: list[int] = []
+    fetch_many = Mailbox.fetch_many
+
+    def counting(self: Mailbox, uids: object, **options: object) -> object:
+        wanted = list(uids)         # type: ignore[call-overload]
+        if self.selected is not None and self.selected.folder.name == "INBOX":
+            fetched.extend(wanted)
+        return fetch_many(self, wanted, **options)      # type: ignore[arg-type]
+
+    monkeypatch.setattr(Mailbox, "fetch_many", counting)
+    watcher = await box.watcher(await box.open_store())
+    with structlog.testing.capture_logs() as logs:
+        await watcher.run_once()
+    assert verdicts(box.client.messages()).count("FRESH") == 10
+    assert len(fetched) == 20, "ten sealed ones, and their opened copies to verify them"
+    progress = [(line["done"], line["total"]) for line in logs if line["event"] == "catching up"]
+    assert progress == [(4, 10), (8, 10), (10, 10)]
+    fetched.clear()
+    await watcher.run_once()
+    assert fetched == [], "our own copies are known"
+
+
+async def test_a_catch_up_that_is_broken_off_goes_on(box: Box, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watcher_module, "BATCH_MESSAGES", 3)
+    store = await box.open_store()
+    for number in range(7):
+        box.client.put(box.seal(note(f"number {number}", to=box.user)))
+    first = await box.watcher(store)
+    move = Mailbox.move
+
+    async def last(self: Mailbox, *arguments: object, **options: object) -> object:
+        first.stop()
+        return await move(self, *arguments, **options)      # type: ignore[arg-type]
+
+    monkeypatch.setattr(Mailbox, "move", last)
+    await first.run()
+    assert len(box.client.uids(SEALED)) == 3, "the batch under way is finished"
+    monkeypatch.undo()
+    await (await box.watcher(store)).run_once()
+    assert len(box.client.uids(SEALED)) == 7
+    assert sorted(message["Subject"] for message in box.client.messages()) == [f"number {number}" for number in range(7)]
+
+
+async def test_keys_that_come_while_we_watch(box: Box) -> None:
+    """A key that is added opens what waited for it, without a restart."""
+    new = rotate(box.identity, now_ms())
+    watcher = await box.watcher(await box.open_store())
+    keys = [account_keys([box.identity], (box.user,))]
+    watcher._keys = lambda: keys[0]
+    async with running(watcher):
+        box.client.put(box.sender.seal(note(to=box.user), new))
+        await until(lambda: "$MaloteUnreadable" in str(box.client.uids() and box.client.status_of(1)))
+        keys[0] = account_keys([new], (box.user,))
+        watcher.look_now()
+        await until(lambda: verdicts(box.client.messages()) == ["FRESH"])
+
+
+async def test_without_any_key_nothing_is_touched(box: Box) -> None:
+    """Without keys we could not tell our own headers from forged ones: the account waits for a key."""
+    box.client.put(b"Malote-Verdict: FRESH\r\n" + note())
+    watcher = await box.watcher(await box.open_store(), identities=[])
+    with pytest.raises(KeyMissing):
+        await watcher.run_once()
+    assert len(box.client.uids()) == 1
+
+
+async def test_maildir_needs_a_directory(box: Box) -> None:
+    with pytest.raises(ConfigError):
+        await (await box.watcher(await box.open_store(), deliver="maildir")).run()
+
+
+async def test_sealed_originals_are_kept_as_long_as_configured(box: Box) -> None:
+    """Older ones go, by the date on which they came; younger ones and unrecorded ones stay; no verdict suffers."""
+    store = await box.open_store()
+    box.client.put(box.seal(), date=imap_day(now_ms() - 40 * DAY) + " 10:00:00 +0000")
+    box.client.put(box.seal())
+    await (await box.watcher(store, keep_sealed_days=0)).run_once()
+    assert len(box.client.uids(SEALED)) == 2
+    with structlog.testing.capture_logs() as logs:
+        await (await box.watcher(store, keep_sealed_days=30)).run_once()
+    assert len(box.client.uids(SEALED)) == 1
+    assert any(line["event"] == "old sealed originals deleted" and line["count"] == 1 for line in logs)
+    box.client.put(box.seal())
+    await (await box.watcher(store, keep_sealed_days=30)).run_once()
+    assert verdicts(box.client.messages())[-1] == "FRESH"
+
+
+async def test_a_fault_in_the_watcher_does_not_end_it(box: Box, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error that nobody foresaw: logged by class and line, and the account goes on."""
+    monkeypatch.setattr(watcher_module, "RECONNECT_FIRST_SECONDS", 0.01)
+    find = watcher_module.find_candidates
+    faults = ["secret words"]
+
+    async def faulty(*arguments: object, **options: object) -> object:
+        if faults:
+            raise RuntimeError(faults.pop())
+        return await find(*arguments, **options)    # type: ignore[arg-type]
+
+    monkeypatch.setattr(watcher_module, "find_candidates", faulty)
+    box.client.put(box.seal())
+    with structlog.testing.capture_logs() as logs:
+        async with running(await box.watcher(await box.open_store())):
+            await until(lambda: verdicts(box.client.messages()) == ["FRESH"])
+    [line] = [line for line in logs if line["event"] == "fault in the watcher"]
+    assert line["fault"] == "RuntimeError"
+    assert "secret words" not in str(logs)
+
+
+def test_imap_day() -> None:
+    assert imap_day(1_767_744_000_000) == "7-Jan-2026"
