@@ -326,11 +326,14 @@ class Outcome:
 
 def submit(port: int, sender: str, recipients: Sequence[str], content: bytes, *, mail: Sequence[str] = (),
            rcpt: Mapping[str, Sequence[str]] | None = None, login: tuple[str, str] | None = None, polite: bool = True) -> Outcome:
-    """One message over one connection, every reply noted. `polite`: NOOP after the reply, which proves that it was read."""
-    with smtplib.SMTP(HOST, port, timeout=60) as client:
-        client.ehlo("client.test.example")
+    """One message over one connection, every reply noted. `polite`: NOOP after the reply, which proves
+    that it was read; else the client is gone without a word."""
+    with smtplib.SMTP(HOST, port, "client.test.example", timeout=60) as client:
+        code, answer = client.ehlo("client.test.example")
         if login is not None:
             client.login(*login)
+        if code != 250:
+            return Outcome({}, f"{code} {answer.decode()}")
         code, answer = client.mail(sender, list(mail))
         if code != 250:
             return Outcome({}, f"{code} {answer.decode()}")
@@ -347,6 +350,8 @@ def submit(port: int, sender: str, recipients: Sequence[str], content: bytes, *,
         if polite:
             with suppress(smtplib.SMTPServerDisconnected):
                 client.noop()
+        else:
+            client.close()
         return Outcome(rcpts, f"{code} {answer.decode()}")
 
 

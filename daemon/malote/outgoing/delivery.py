@@ -156,7 +156,11 @@ class Delivery:
             async with asyncio.timeout_at(self.deadline):
                 replies = await connection.data(copy.raw, on_final_dot=final_dot)
             for address, reply in zip(addresses, replies, strict=True):
-                self.outcomes[address] = outcome_of(reply)
+                outcome = outcome_of(reply)
+                if dotted and outcome.state is State.DEFERRED:
+                    # filters that time out say 4xx for what they have passed on (RFC 1047): kept under the same number
+                    outcome = Outcome(State.IN_DOUBT, reply)
+                self.outcomes[address] = outcome
         except TimeoutError:
             if not dotted:
                 self._settle(addresses, Outcome(State.DEFERRED, TOO_LATE))

@@ -281,7 +281,7 @@ class Submissions:
         if line.states.get(State.ACCEPTED) == len(outcomes):
             line.outcome = "sealed" if not line.plain else "plain" if not line.sealed else "split"
         elif line.states.get(State.REFUSED) and not line.states.get(State.DEFERRED) and not line.states.get(State.IN_DOUBT):
-            line.outcome = "refused"
+            line.outcome = "partial" if line.states.get(State.ACCEPTED) else "refused"
 
     def _log(self, session: ClientSession, tx: Transaction, line: Line, code: int, took_ms: int) -> None:
         states = {state.value.replace("-", "_"): count for state, count in line.states.items()}
