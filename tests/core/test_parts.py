@@ -174,6 +174,28 @@ def test_a_part_at_the_top_counts_before_a_forwarded_one() -> None:
     assert not opened.unsealed.forwarded
 
 
+def test_a_forwarded_part_cannot_be_lifted_to_the_top() -> None:
+    """A stray blob or a damaged part of ours outside does not make an attached message an arrival."""
+    blob = b"Content-Type: x/y\r\nContent-Transfer-Encoding: base64\r\n\r\n" + base64.encodebytes(bodies(sealed())[0])
+    for stray in (blob, blob[:300] + b"!" + blob[300:]):
+        raw = as_attachment(sealed()).replace(b"see below", b"see below\r\n--f\r\n" + stray)
+        found = find_parts(raw)
+        assert found is not None
+        assert not found.forwarded
+        with pytest.raises(Unreadable):
+            unseal_as(raw, BOB)
+
+
+def test_a_damaged_part_in_an_attached_message_is_no_matter() -> None:
+    raw = sealed()
+    at = raw.rindex(b"iU1M") + 300
+    broken = as_attachment(raw[:at] + b"!" + raw[at:])
+    found = find_parts(broken)
+    assert found is not None
+    assert found.forwarded
+    assert open_as(broken.replace(b"see below", b"\r\n--f\r\n" + raw[raw.index(b"MIME"):]), BOB).addressed
+
+
 @pytest.mark.parametrize("position", [100, 700])
 @pytest.mark.parametrize("text", [b"!", b"<b>", b"-- \r\nfooter\r\n", b"=", b"\0", b"\xff", b".", b"==AAAA"])
 def test_text_put_into_a_base64_body_is_refused(position: int, text: bytes) -> None:

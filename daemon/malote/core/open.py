@@ -103,11 +103,12 @@ def unseal(
     """Open with one of `keys` (address or "@domain", key), in the order in which they are to be tried: newest first.
 
     Raises `Unreadable`, and nothing else, whatever `found` holds.
-    A part at the top counts before one in an attached message; of several, the first that opens.
+    A part in an attached message counts only if there is nothing of ours outside (docs/format.md 4.4); of several, the first
+    that opens.
     """
     trials = _Trials(found, keys)
     failure = Unreadable("header failure: damaged part" if found.damaged else "header failure: no sealed part")
-    candidates = sorted(found.payloads, key=lambda candidate: candidate.forwarded)
+    candidates = [candidate for candidate in found.payloads if candidate.forwarded == found.forwarded]
     for candidate in candidates[:MAX_PAYLOADS]:
         try:
             return _unseal_payload(candidate, trials, found.outer, max_original_bytes)

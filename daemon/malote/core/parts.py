@@ -57,13 +57,15 @@ class FoundParts:
 
     blobs: tuple[FoundKeyBlob, ...]
     payloads: tuple[FoundPayload, ...]
-    damaged: int                        # parts that start like ours and whose encoding is broken
+    damaged: int                        # parts that start like ours, broken; those in attached messages do not count
     outer: tuple[tuple[str, str], ...]  # top-level header fields as found, unfolded
 
     @property
     def forwarded(self) -> bool:
-        """Whether the sealed part lies in an attached message only: somebody passed on what was sent to somebody."""
-        return bool(self.payloads) and all(payload.forwarded for payload in self.payloads)
+        """Whether everything of ours lies in attached messages: somebody passed on what was sent to somebody."""
+        return (
+            not self.damaged and all(blob.forwarded for blob in self.blobs) and all(each.forwarded for each in self.payloads)
+        )
 
 
 def looks_sealed(prefix: bytes) -> bool:
@@ -197,7 +199,7 @@ class _Search:
                 # White space may have changed on the way; anything else in there was put in, and the part is refused.
                 data = pybase64.b64decode(data, validate=True)
             except ValueError:
-                self.damaged += 1
+                self.damaged += not forwarded
                 return
         if data.startswith(PAYLOAD_MAGIC):
             self.payloads.append(FoundPayload(data, forwarded))
@@ -205,7 +207,7 @@ class _Search:
             kid = parameters.get("kid", b"")
             self.blobs.append(FoundKeyBlob(data, kid.decode("ascii", "replace").lower() if len(kid) == 16 else "", forwarded))
         else:
-            self.damaged += 1
+            self.damaged += not forwarded
 
 
 def _sniff(head: bytes) -> str | None:
