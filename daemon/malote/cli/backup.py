@@ -120,10 +120,10 @@ async def _merge(store: Store, keyring: KeyringKey, saved: Identity, *, replace:
         await _check_held_card(store, saved, replace=replace)
         return saved, "new"
     held = unlock_identity(keyring, saved.address, record.locked)
-    if _follows(held.card, saved.card):
-        base, other, state = saved, held, "updated"
-    elif _follows(saved.card, held.card):
+    if _follows(saved.card, held.card):
         base, other, state = held, saved, "keys added"
+    elif _follows(held.card, saved.card):
+        base, other, state = saved, held, "updated"
     elif replace:
         base, other, state = saved, held, "replaced"
     else:

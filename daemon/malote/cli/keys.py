@@ -12,7 +12,17 @@ import segno
 
 from malote.cli.backup import backup, restore
 from malote.cli.importing import import_cards
-from malote.cli.keystore import change_store, describe, held_card, now_ms, own_card, read_store, save_identity, show_date
+from malote.cli.keystore import (
+    change_store,
+    describe,
+    held_card,
+    now_ms,
+    own_card,
+    read_store,
+    save_identity,
+    show_date,
+    store_exists,
+)
 from malote.cli.settings import Settings
 from malote.cli.unlock import open_keyring, open_or_create_keyring
 from malote.core.address import canonical_card_address
@@ -75,7 +85,7 @@ def new(settings: Settings, address: str, algorithm: str, as_json: bool) -> None
 @click.pass_obj
 def list_keys(settings: Settings, as_json: bool) -> None:
     """List your own keys, then the cards held."""
-    _print(read_store(settings, _descriptions), as_json=as_json)
+    _print(read_store(settings, _descriptions) if store_exists(settings) else [], as_json=as_json)
 
 
 async def _descriptions(store: Store) -> list[dict[str, Any]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import fcntl
+import os
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from malote.core.identity import Identity
 from malote.core.keyring import KeyringKey, lock_identity
 from malote.errors import KeyMissing, StoreUnavailable
 from malote.store import CardRecord, Level, LockedIdentity, Store
+from malote.store.database import FILE_NAME
 
 OWN = "your own keys"       # the evidence of the card of an identity
 
@@ -27,8 +29,14 @@ def now_ms() -> int:
     return time.time_ns() // 1_000_000
 
 
+def store_exists(settings: Settings) -> bool:
+    return (settings.store_path / FILE_NAME).exists()
+
+
 def read_store(settings: Settings, operation: Callable[[Store], Awaitable[T]]) -> T:
-    """Run `operation` on the store, which is opened for reading only."""
+    """Run `operation` on the store, which is opened for reading only. Raises `KeyMissing` where there is none yet."""
+    if not store_exists(settings):
+        raise KeyMissing("there are no keys and no cards yet", hint="malote keys new ADDRESS")
     return asyncio.run(_with_store(settings, operation, readonly=True))
 
 
@@ -42,26 +50,24 @@ async def _with_store(settings: Settings, operation: Callable[[Store], Awaitable
     try:
         if readonly:
             return await operation(store)
-        with _one_at_a_time(settings.store_path / "keys.lock"):
+        with _one_at_a_time(settings.store_path):
             return await operation(store)
     finally:
         await store.close()
 
 
 @contextmanager
-def _one_at_a_time(path: Path) -> Iterator[None]:
+def _one_at_a_time(directory: Path) -> Iterator[None]:
     """Commands read, ask and then write; two of them at once could each make a keyring, and lock the other's keys out."""
+    handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        file = path.open("ab")
-    except OSError as error:
-        raise StoreUnavailable(f"{path}: cannot be opened ({error.strerror})") from error
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise StoreUnavailable("another malote keys command is at work on this store, nothing was done",
-                                   hint="try again when it is done") from error
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
+    except BlockingIOError as error:
+        raise StoreUnavailable("another malote keys command is at work on this store, nothing was done",
+                               hint="try again when it is done") from error
+    finally:
+        os.close(handle)
 
 
 async def own_card(store: Store, address: str) -> LockedIdentity | None:
