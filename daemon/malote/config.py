@@ -66,6 +66,11 @@ class ListenerConfig(Section):
     auth: Literal["pass-through", "local", "peer", "none"] = "pass-through"
     users_file: OptionalPath = None      # with auth = "local": lines `login:argon2id hash:address,address`
 
+    @property
+    def place(self) -> tuple[str, int]:
+        """What it listens on: host and port, or the path of the socket and 0."""
+        return (self.host, self.port) if self.socket is None else (str(self.socket), 0)
+
 
 class UpstreamConfig(Section):
     """The server that carries our mail on."""
@@ -222,8 +227,11 @@ def config_faults(config: Config) -> list[str]:
     faults = [] if config.keys.unlock != "file" or config.keys.file else ['keys.file: must be set with keys.unlock = "file"']
     if config.outgoing.enabled:
         faults += _upstream_faults(config.outgoing.upstream)
+        places = [listener.place for listener in config.outgoing.listeners]
         for number, listener in enumerate(config.outgoing.listeners, 1):
             faults += [f"outgoing.listeners.{number}.{fault}" for fault in _listener_faults(listener, config.outgoing.upstream)]
+            if (first := places.index(listener.place) + 1) != number:
+                faults.append(f"outgoing.listeners.{number}: has the address of outgoing.listeners.{first}; each needs its own")
         if not config.outgoing.listeners:
             faults.append("outgoing.listeners: there is none; remove the key for the default, or set outgoing.enabled = false")
     elif not config.accounts:

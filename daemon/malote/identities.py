@@ -12,12 +12,16 @@ from malote.store import Store
 
 
 class Keyring:
-    """`identities` by address. `passphrase` gives the passphrase each time it is needed: once, unless it is changed."""
+    """`identities` by address. `passphrase` gives the passphrase each time it is needed: once, unless it is changed.
 
-    def __init__(self, store: Store, passphrase: Callable[[], bytes]) -> None:
+    `ask_once`: it asks a person, which is possible only at the first `refresh`; afterwards the answer given then counts.
+    """
+
+    def __init__(self, store: Store, passphrase: Callable[[], bytes], *, ask_once: bool = False) -> None:
         self.identities: Mapping[str, Identity] = {}
         self._store = store
         self._passphrase = passphrase
+        self._ask_once = ask_once
         self._key: KeyringKey | None = None
         self._header: bytes | None = None
         self._mark: bytes | None = None
@@ -33,15 +37,31 @@ class Keyring:
         header = await self._store.keyring_header()
         if header is None:
             self.identities, self._mark = {}, mark
+            self._end_asking(None)
             return True
         if header != self._header or self._key is None:
+            passphrase = self._passphrase()
             # 100 ms of Argon2id: not on the loop
-            self._key = await asyncio.to_thread(KeyringKey.from_header, header, self._passphrase())
+            self._key = await asyncio.to_thread(KeyringKey.from_header, header, passphrase)
             self._header = header
+            self._end_asking(passphrase)
         records = await self._store.identities()
         self.identities = {record.address: unlock_identity(self._key, record.address, record.locked) for record in records}
         self._mark = mark
         return True
+
+    def _end_asking(self, answer: bytes | None) -> None:
+        """A prompt would hold up the whole service: from now on the answer is what it was."""
+        if not self._ask_once:
+            return
+
+        def given() -> bytes:
+            if answer is None:
+                raise KeysLocked("private keys were made or changed, and their passphrase was not asked for at the start",
+                                 hint="start malote again, or set keys.unlock in the configuration")
+            return answer
+
+        self._ask_once, self._passphrase = False, given
 
 
 async def open_identities(store: Store, passphrase: Callable[[], bytes]) -> Mapping[str, Identity]:

@@ -13,9 +13,10 @@ import pytest
 
 from lab.imap_peers import CAPABILITIES, Script, account, opened, scripted, secret
 from lab.servers import Lab, make_certificate
-from malote.errors import ConfigError, MailboxError, MailboxLost
+from malote.errors import ConfigError, MailboxError, MailboxLost, SecretUnavailable
 from malote.incoming import imap_login
 from malote.incoming.mailbox import Mailbox
+from malote.private_files import run_token_command
 
 Play = Callable[[Script], Awaitable[None]]
 
@@ -257,19 +258,18 @@ async def test_token_commands(program: str, token: str | None) -> None:
     """Whatever the helper does, there is a token or a clear refusal, and no process is left behind."""
     command = (sys.executable, "-c", program)
     if token is None:
-        with pytest.raises(MailboxError) as caught:
-            await imap_login.run_token_command(command, seconds=0.7)
-        assert caught.value.code == "TOKEN"
+        with pytest.raises(SecretUnavailable) as caught:
+            await run_token_command(command, seconds=0.7)
         assert "abc" not in str(caught.value)
     else:
-        assert await imap_login.run_token_command(command, seconds=20) == token
+        assert await run_token_command(command, seconds=20) == token
 
 
 async def test_a_token_command_that_is_not_there() -> None:
     """Named, not a crash; and it is not handed to a shell."""
     for command in (("/no/such/program",), ("echo abc",)):
-        with pytest.raises(MailboxError, match="cannot be started"):
-            await imap_login.run_token_command(command)
+        with pytest.raises(SecretUnavailable, match="cannot be started"):
+            await run_token_command(command)
 
 
 @pytest.mark.parametrize(("mechanism", "secret_text"), [("PLAIN", "a\0b"), ("XOAUTH2", "a\1b"), ("OAUTHBEARER", "a\1b")])

@@ -18,14 +18,4 @@ def run(settings: Settings) -> None:
     passphrase first. The log goes to standard error.
     """
     config = settings.config
-    asked: list[bytes] = []
-
-    def passphrase() -> bytes:
-        """Ask a person once only: later changes are unlocked with the same, or need a restart."""
-        if config.keys.unlock != "prompt":
-            return read_passphrase(config.keys)
-        if not asked:
-            asked.append(read_passphrase(config.keys))
-        return asked[0]
-
-    run_service(config, settings.config_path, settings.store_path, passphrase)
+    run_service(config, settings.config_path, settings.store_path, lambda: read_passphrase(config.keys))

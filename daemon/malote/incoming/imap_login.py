@@ -10,10 +10,9 @@ import asyncio
 import base64
 import contextlib
 import ipaddress
-import json
 import socket
 import ssl
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 
 from aioimaplib import aioimaplib
 
@@ -21,10 +20,9 @@ from malote.config import AccountConfig, Security
 from malote.errors import ConfigError, MailboxError, MailboxLost
 from malote.incoming.imap_names import astring
 from malote.incoming.imap_protocol import Exchange, MailClient, MailProtocol
+from malote.private_files import run_token_command
 
 CONNECT_SECONDS = 30.0          # name look-up, TCP, TLS and greeting together
-TOKEN_SECONDS = 60.0            # an OAuth helper may have to refresh its token over the network
-MAX_TOKEN_BYTES = 64 * 1024
 MAX_CAPABILITIES = 1000
 
 Password = Callable[[], Awaitable[str]]
@@ -193,40 +191,3 @@ def sasl_response(mechanism: str, account: AccountConfig, secret: str) -> bytes:
         return f"user={account.username}\1auth=Bearer {secret}\1\1".encode()
     name = account.username.replace("=", "=3D").replace(",", "=2C")     # RFC 5801 4, saslname
     return f"n,a={name},\1host={account.host}\1port={account.port}\1auth=Bearer {secret}\1\1".encode()
-
-
-async def run_token_command(command: Sequence[str], *, seconds: float = TOKEN_SECONDS) -> str:
-    """The access token that a helper prints, plain or as JSON with `access_token`. No shell. Raises `MailboxError`."""
-    try:
-        process = await asyncio.create_subprocess_exec(
-            *command, stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL)
-    except OSError as error:
-        raise MailboxError(f"token_command cannot be started ({error.strerror})", code="TOKEN") from error
-    try:
-        async with asyncio.timeout(seconds):
-            output = await process.stdout.read(MAX_TOKEN_BYTES + 1) if process.stdout is not None else b""
-            while len(output) <= MAX_TOKEN_BYTES and process.stdout is not None and (more := await process.stdout.read(4096)):
-                output += more
-            if len(output) <= MAX_TOKEN_BYTES:
-                await process.wait()
-    except TimeoutError:
-        raise MailboxError(f"token_command did not end within {seconds:.0f} seconds", code="TOKEN") from None
-    finally:
-        if process.returncode is None:
-            process.kill()
-            await process.wait()
-    if process.returncode != 0 or len(output) > MAX_TOKEN_BYTES:
-        raise MailboxError(f"token_command failed (exit code {process.returncode})", code="TOKEN")
-    return _token(output)
-
-
-def _token(output: bytes) -> str:
-    try:
-        text = output.decode("ascii").strip()
-        if text.startswith("{"):
-            text = json.loads(text)["access_token"]
-    except (ValueError, KeyError, TypeError):
-        text = ""
-    if not isinstance(text, str) or not text or any(not "!" <= sign <= "~" for sign in text):
-        raise MailboxError("token_command did not print an access token", code="TOKEN")
-    return text

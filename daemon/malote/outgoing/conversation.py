@@ -107,6 +107,10 @@ class Conversation(ClientWire):
         if busy and self.task is not None and not (self._in_data and self.client._kept):
             self.task.cancel()
 
+    @property
+    def desk(self) -> Desk:
+        return self._desk
+
     def stop(self) -> None:
         """Graceful: 421 now if idle, else after the message in hand."""
         self._stopping = True

@@ -7,7 +7,7 @@ import socket
 import ssl
 import stat
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from malote.config import LimitsConfig, ListenerConfig
@@ -40,6 +40,10 @@ class Connections:
 
     def __len__(self) -> int:
         return len(self._open)
+
+    def desks(self) -> set[Desk]:
+        """Those that an open connection still talks to."""
+        return {connection.desk for connection in self._open}
 
     async def drain(self, seconds: float) -> int:
         """421 to who is idle, wait for messages in flight, cut off what is left after `seconds`. Returns how many were cut off.
@@ -96,6 +100,17 @@ class Listener:
         names = [sock.getsockname() for sock in self._server.sockets] if self._server is not None else []
         return [(name[0], name[1]) for name in names if isinstance(name, tuple)]
 
+    def renew(self, config: ListenerConfig, settings: ServerSettings, desk: Desk) -> None:
+        """For connections from now on. With TLS from the first byte the socket keeps its context: it gets the new certificate.
+
+        Raises `ConfigError`.
+        """
+        context = self.settings.tls_context
+        if self.settings.implicit_tls and context is not None:
+            load_certificate(context, config)
+            settings = replace(settings, tls_context=context)
+        self.settings, self.desk = settings, desk
+
     def close(self) -> None:
         """Stop listening. Open connections go on: `Connections.drain` ends them."""
         if self._server is not None:
@@ -133,15 +148,20 @@ def server_tls_context(config: ListenerConfig) -> ssl.SSLContext | None:
     """From `certificate` and `certificate_key`; None with tls = "none". Raises `ConfigError`."""
     if config.tls == "none":
         return None
-    if config.certificate is None:
-        raise ConfigError(f'outgoing.listeners.certificate: must be set with tls = "{config.tls}"')
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
+    load_certificate(context, config)
+    return context
+
+
+def load_certificate(context: ssl.SSLContext, config: ListenerConfig) -> None:
+    """Raises `ConfigError`."""
+    if config.certificate is None:
+        raise ConfigError(f'outgoing.listeners.certificate: must be set with tls = "{config.tls}"')
     try:
         context.load_cert_chain(config.certificate, config.certificate_key)
     except (OSError, ssl.SSLError) as error:
         raise ConfigError("outgoing.listeners: certificate and certificate_key cannot be read, or do not match") from error
-    return context
 
 
 def server_settings(config: ListenerConfig, limits: LimitsConfig, hostname: str) -> ServerSettings:
@@ -150,5 +170,5 @@ def server_settings(config: ListenerConfig, limits: LimitsConfig, hostname: str)
         hostname=hostname, max_message_bytes=limits.max_message_bytes, max_recipients=limits.recipients,
         command_seconds=limits.command_seconds, data_block_seconds=limits.data_block_seconds,
         handler_seconds=limits.reply_within_seconds + 60, normalise=limits.bare_line_ends == "normalise",
-        tls_context=server_tls_context(config), implicit_tls=config.tls == "tls",
+        tls_context=server_tls_context(config), implicit_tls=config.tls == "tls", require_tls=config.tls == "starttls",
     )

@@ -1,0 +1,124 @@
+"""The watchers of all accounts: started, restarted, replaced and ended."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+
+import structlog
+
+from malote.config import AccountConfig, Config
+from malote.credentials import account_password
+from malote.errors import ConfigError, FormatError, MaloteError
+from malote.identities import Keyring
+from malote.incoming.account import account_addresses, account_keys, device_name
+from malote.incoming.watcher import Watcher
+from malote.store import Store
+
+RESTART_SECONDS = 60.0          # after a fault that only the configuration, or a new version, can mend
+# What a watcher does while it connects or waits for news can be broken off at any point; a batch under way is finished.
+INTERRUPTIBLE = frozenset({"new", "connecting", "waiting"})
+IDLE_END_SECONDS = 3.0          # for the server to answer DONE; then it is interrupted too
+
+log = structlog.get_logger("malote.service")
+
+
+@dataclass(slots=True)
+class Watched:
+    """A watcher with its task."""
+
+    account: AccountConfig
+    log_addresses: bool
+    watcher: Watcher
+    task: asyncio.Task[None]
+
+
+def check_accounts(config: Config) -> None:
+    """Raises `ConfigError` for what the schema cannot see and a watcher would stumble over."""
+    faults = []
+    for number, account in enumerate(config.accounts, 1):
+        try:
+            account_addresses(account)
+        except FormatError as error:
+            faults.append(f"accounts.{number}.addresses: {error}")
+    if faults:
+        raise ConfigError("\n".join(faults))
+
+
+class Accounts:
+    """The watched accounts. `end_seconds`: how long a batch under way may take when its watcher is told to stop."""
+
+    def __init__(self, store: Store, keyring: Keyring, *, end_seconds: float) -> None:
+        self._store = store
+        self._keyring = keyring
+        self._end_seconds = end_seconds
+        self._watched: dict[str, Watched] = {}
+        self._stopping = asyncio.Event()
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._watched)
+
+    async def apply(self, config: Config) -> None:
+        """Leave alone whose account did not change; end the others; start what is new."""
+        wanted = {account.name: account for account in config.accounts}
+        ended = [watched for name, watched in self._watched.items()
+                 if wanted.get(name) != watched.account or watched.log_addresses != config.log.addresses]
+        for watched in ended:
+            del self._watched[watched.account.name]
+        await self._end(ended)
+        device = device_name(await self._store.local_key("device"))
+        for name, account in wanted.items():
+            if name not in self._watched:
+                self._watched[name] = self._watch(account, device, log_addresses=config.log.addresses)
+
+    async def stop(self) -> None:
+        """End all: at once what waits or connects, the others after the batch in hand."""
+        self._stopping.set()
+        watched, self._watched = list(self._watched.values()), {}
+        await self._end(watched)
+
+    def look_now(self) -> None:
+        """Keys or cards have changed."""
+        for watched in self._watched.values():
+            watched.watcher.look_now()
+
+    def _watch(self, account: AccountConfig, device: str, *, log_addresses: bool) -> Watched:
+        addresses = account_addresses(account)
+        watcher = Watcher(account, store=self._store, device=device, password=lambda: account_password(account),
+                          keys=lambda: account_keys(self._keyring.identities.values(), addresses), log_addresses=log_addresses)
+        task = asyncio.create_task(self._keep_watching(watcher.run, account.name), name=f"watch {account.name}")
+        return Watched(account, log_addresses, watcher, task)
+
+    async def _keep_watching(self, run: Callable[[], Awaitable[None]], name: str) -> None:
+        """One account's trouble is that account's alone."""
+        while not self._stopping.is_set():
+            try:
+                await run()
+                return
+            except MaloteError as error:
+                log.error("account not watched", account=name, fault=str(error), hint=error.hint)
+            except Exception:
+                log.exception("watcher failed", account=name)
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._stopping.wait(), RESTART_SECONDS)
+
+    async def _end(self, ended: Sequence[Watched]) -> None:
+        for watched in ended:
+            watched.watcher.stop()
+        began = time.monotonic()
+        left = list(ended)
+        while left and (passed := time.monotonic() - began) < self._end_seconds:
+            for watched in left:
+                state = watched.watcher.state
+                if state in INTERRUPTIBLE or (state == "watching" and passed > IDLE_END_SECONDS):
+                    watched.task.cancel()
+            await asyncio.wait([watched.task for watched in left], timeout=0.5)
+            left = [watched for watched in left if not watched.task.done()]
+        for watched in left:
+            log.warning("watcher cut off at the end", account=watched.account.name)
+            watched.task.cancel()
+        await asyncio.gather(*(watched.task for watched in ended), return_exceptions=True)
