@@ -123,7 +123,7 @@ async def scripted(play: Callable[[Script], Awaitable[object]]) -> AsyncIterator
 async def opened(port: int, *, folder: str | None = None, seconds: float = 20, max_message_bytes: int = 160 * 1024 * 1024,
                  **changes: Any) -> AsyncIterator[Mailbox]:
     """A logged-in mailbox, with `folder` selected."""
-    box = await Mailbox.connect(account(port, **changes), password=secret, command_seconds=seconds,
+    box = await Mailbox.connect(account(port, **changes), password=secret, command_seconds=seconds, search_seconds=seconds,
                                 max_message_bytes=max_message_bytes)
     try:
         if folder is not None:
