@@ -67,7 +67,8 @@ async def test_several_folders(box: Box) -> None:
     box.client.imap.create('"Entw&APw-rfe &- mehr"')
     box.client.put(box.seal(), "Spam")
     box.client.put(box.seal(), "Entw&APw-rfe &- mehr")
-    watcher = await box.watcher(await box.open_store(), folders=("INBOX", "\\Junk", "Entwürfe & mehr", "Nowhere"), poll_seconds=0.3)
+    watcher = await box.watcher(await box.open_store(), poll_seconds=0.3,
+                                folders=("INBOX", "\\Junk", "Entwürfe & mehr", "Nowhere"))
     async with running(watcher):
         await until(lambda: verdicts(box.client.messages("Spam")) == ["FRESH"])
         await until(lambda: verdicts(box.client.messages("Entw&APw-rfe &- mehr")) == ["FRESH"])
@@ -97,7 +98,7 @@ async def test_the_server_goes_away_and_comes_back(lab: Lab, tmp_path: Path, mon
             box.client = type(box.client)(dovecot.port, user)
             box.client.put(box.seal())
             await until(lambda: verdicts(box.client.messages()) == ["FRESH"] * 2)
-    assert [line["fault"] for line in logs if line["event"] == "mailbox not available"][0] == "MailboxLost"
+    assert next(line["fault"] for line in logs if line["event"] == "mailbox not available") == "MailboxLost"
     assert len(box.client.uids(SEALED)) == 2
     await box.close()
 
@@ -153,8 +154,8 @@ async def test_catching_up_fetches_only_what_can_be_sealed(box: Box, monkeypatch
     monkeypatch.setattr(watcher_module, "PROGRESS_SECONDS", 0.0)
     plain = note("plain", body="x" * 9000 + "\r\n")
     mixed = (b"From: a@b.example\r\nSubject: two files\r\nMIME-Version: 1.0\r\nContent-Type: multipart/mixed; boundary=b\r\n\r\n"
-             + b"".join(b"--b\r\nContent-Type: application/pdf\r\nContent-Transfer-Encoding: base64\r\n\r\n" + b"JVBERi0x\r\n" * 600
-                        for _ in range(2)) + b"--b--\r\n")
+             + (b"--b\r\nContent-Type: application/pdf\r\nContent-Transfer-Encoding: base64\r\n\r\n" + b"JVBERi0x\r\n" * 600) * 2
+             + b"--b--\r\n")
     for number in range(300):
         box.client.put(mixed if number % 10 == 0 else plain)
         if number % 30 == 0:

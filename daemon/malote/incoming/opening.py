@@ -114,10 +114,13 @@ def _prove(letter: Letter, cards: Mapping[str, Card]) -> None:
     unsealed = letter.unsealed
     if unsealed is None:
         return
-    # a person's own card counts before that of the domain: a gateway cannot speak for who has a key
-    card = cards.get(unsealed.sender) or cards.get("@" + domain_of(unsealed.sender))
-    letter.opened = authenticate(unsealed, card)
+    letter.opened = authenticate(unsealed, card_of(unsealed.sender, cards))
     letter.kind = Kind.OPENED
+
+
+def card_of(sender: str, cards: Mapping[str, Card]) -> Card | None:
+    """A person's own card counts before that of the domain: a gateway cannot speak for who has a key."""
+    return cards.get(sender) or cards.get("@" + domain_of(sender))
 
 
 async def find_cards(store: Store, senders: set[str]) -> dict[str, Card]:

@@ -80,6 +80,12 @@ def _again(db: Db, state: SeenState, judgement: Judgement, *, foreign: bool) -> 
     return Stored(judgement, row_id, first=False, delivered=delivered)
 
 
+def remembered(db: Db, recipient: str, payload_digest: bytes) -> SeenRow | None:
+    """What was judged of exactly these sealed bytes; its `original_sha512` is left empty."""
+    row = db.row(_SAME_PAYLOAD, {"recipient": recipient, "payload_digest": payload_digest})
+    return None if row is None else _row_values(row, b"")
+
+
 def mark_delivered(db: Db, row_id: int) -> None:
     db.run(_DELIVERED, {"at_row": row_id})
 
@@ -122,10 +128,13 @@ def _distrust_before(db: Db, claim: Claim) -> int:
 def _seen_row(row: Row | None, claim: Claim, mark: bytes) -> SeenRow | None:
     if row is None:
         return None
-    row_id, manifest_id, payload_digest, original_mark, verdict, notes, delivered, id_held, judged_at_ms = row
+    return _row_values(row, claim.original_sha512 if row[3] == mark else b"")     # only the keyed mark is kept
+
+
+def _row_values(row: Row, original_sha512: bytes) -> SeenRow:
+    row_id, manifest_id, payload_digest, _, verdict, notes, delivered, id_held, judged_at_ms = row
     return SeenRow(
-        row_id=row_id, manifest_id=manifest_id, payload_digest=payload_digest,
-        original_sha512=claim.original_sha512 if original_mark == mark else b"",    # only the keyed mark is kept
+        row_id=row_id, manifest_id=manifest_id, payload_digest=payload_digest, original_sha512=original_sha512,
         verdict=Verdict(verdict), notes=tuple(notes.split()), delivered=bool(delivered), holds_id=id_held is not None,
         first_ms=judged_at_ms,
     )

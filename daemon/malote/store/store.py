@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TypeVar
 
-from malote.core.freshness import Arrival, Claim, FreshnessLimits
+from malote.core.freshness import Arrival, Claim, FreshnessLimits, SeenRow
 from malote.core.primitives import hmac_sha256
 from malote.errors import StoreUnavailable
 from malote.store import accounts, cards, outbox, seen
@@ -220,6 +220,10 @@ class Store:
         """A message that another device opened: remembered as delivered."""
         key = self._key("seen")
         return await self._writer.write(lambda db: seen.judge(db, key, claim, arrival, limits, foreign=True))
+
+    async def remembered(self, recipient: str, payload_digest: bytes) -> SeenRow | None:
+        """What was judged of exactly these sealed bytes; reads only, for the offline commands."""
+        return await self._writer.read(lambda db: seen.remembered(db, recipient, payload_digest))
 
     async def mark_delivered(self, row_id: int) -> None:
         await self._writer.write(lambda db: seen.mark_delivered(db, row_id))
