@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography.exceptions import UnsupportedAlgorithm
 
 from malote.cli.main import main
 from malote.core.card import armor, make_card, parse_armored
@@ -622,3 +623,14 @@ def test_internal_errors_show_no_text(run: Callable[..., Done], anna: Person, mo
     monkeypatch.setattr("malote.cli.keys.new_identity", broken)
     done = anna.keys("new", ANNA)
     assert (done.code, "secret text" in done.err, "RuntimeError" in done.err) == (1, False, True)
+
+
+def test_library_without_post_quantum(anna: Person, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No command on keys does anything then; it says what to install."""
+    def unsupported(*_: object) -> None:
+        raise UnsupportedAlgorithm("not supported by this backend")
+
+    anna.ok("new", ANNA)
+    monkeypatch.setattr("malote.core.primitives.load_mldsa_private", unsupported)
+    done = anna.keys("list")
+    assert (done.code, "post-quantum" in done.err, "cryptography 50" in done.err) == (2, True, True)

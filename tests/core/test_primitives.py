@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import json
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -208,6 +209,23 @@ def test_cut_at_a_chunk_boundary_is_noticed(whole_chunks: int) -> None:
 def test_a_target_of_the_wrong_size_is_a_bug_of_the_caller(size: int) -> None:
     with pytest.raises(ValueError):
         primitives.encrypt_chunks(b"k" * 32, bytes(12), [b""], memoryview(bytearray(size)))
+
+
+def test_large_messages_are_not_copied() -> None:
+    """Beside source and result, encrypting and decrypting need a chunk or two, whatever the size."""
+    plain = bytes(8 * 1024 * 1024)
+    target = bytearray(primitives.encrypted_size(len(plain) + 100))
+    tracemalloc.start()
+    try:
+        primitives.encrypt_chunks(b"k" * 32, bytes(12), [b"x" * 100, plain], memoryview(target))
+        _, peak = tracemalloc.get_traced_memory()
+        assert peak < 20 * CHUNK_BYTES
+        tracemalloc.reset_peak()
+        opened = primitives.decrypt_chunks(b"k" * 32, bytes(12), target)
+        _, peak = tracemalloc.get_traced_memory()
+        assert peak < len(opened) + 20 * CHUNK_BYTES
+    finally:
+        tracemalloc.stop()
 
 
 # --- the rest

@@ -16,6 +16,7 @@ from malote.cli.settings import Settings
 from malote.core.card import Card, parse_card
 from malote.core.identity import Identity
 from malote.core.keyring import KeyringKey, lock_identity
+from malote.core.primitives import check_post_quantum
 from malote.errors import KeyMissing, StoreUnavailable
 from malote.store import CardRecord, Level, LockedIdentity, Store
 from malote.store.database import FILE_NAME
@@ -46,6 +47,7 @@ def change_store(settings: Settings, operation: Callable[[Store], Awaitable[T]])
 
 
 async def _with_store(settings: Settings, operation: Callable[[Store], Awaitable[T]], *, readonly: bool) -> T:
+    check_post_quantum()
     store = await Store.open(settings.store_path, readonly=readonly)
     try:
         if readonly:
