@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import random
 import socket
+import ssl
 from typing import Any
 
 import pytest
 from aiosmtpd.smtp import SMTP
 
+from lab.servers import Lab
 from lab.wire import EVERYTHING, HOST, Client, RecordingDesk, connected, serving, until
 from malote.errors import Reply
 from malote.outgoing.budget import MEMORY_FACTOR, MemoryBudget
@@ -272,6 +274,25 @@ class TestProofOfARead:
             assert desk.messages == [b"x\r\n"]
             assert "read" not in desk.names
             sock.close()
+
+    async def test_over_tls(self, lab: Lab) -> None:
+        """Encrypted bytes in the kernel cannot be counted: the same rules hold."""
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(lab.certificate, lab.key)
+        options = {"ssl": lab.client_tls(), "server_hostname": "localhost"}
+        async with serving(RecordingDesk(), tls_context=context, implicit_tls=True) as server:
+            async with connected(server, **options) as client:
+                await client.begin()
+                assert (await client.ask(b"x\r\n.")).startswith("250")
+                await client.ask("QUIT")
+            await until(lambda: "close" in server.desk.names)
+            assert server.desk.names.count("read") == 1
+            async with connected(server, **options) as client:
+                await client.begin()
+                client.send(b"x\r\n.\r\nQUIT\r\n")
+                assert await client.codes(2) == [250, 221]
+            await until(lambda: server.desk.names.count("close") == 2)
+            assert server.desk.names.count("read") == 1
 
     async def test_a_later_command_proves_after_pipelined_ones(self) -> None:
         async with serving(RecordingDesk()) as server, connected(server) as client:

@@ -97,6 +97,15 @@ def test_a_reply_is_one_reply_on_the_wire(code: int, text: str) -> None:
     assert [reply.code for reply in ReplyParser().feed(encode_reply(Reply(code, "", text)))] == [code]
 
 
+@given(st.text(max_size=3000) | st.text("ab ä€𝄞", min_size=400, max_size=3000))
+def test_no_line_of_a_reply_is_too_long(text: str) -> None:
+    """smtplib raises on lines above 8192 octets, other programs above 512: a 550 that names many recipients has several."""
+    wire = encode_reply(Reply(550, "5.7.1", text))
+    assert max(len(line) + 2 for line in wire.split(b"\r\n")) <= 512
+    challenge = encode_reply(Reply(334, "", "QUFB" * 2000))
+    assert challenge == b"334 " + b"QUFB" * 2000 + b"\r\n"
+
+
 COMMANDS = [
     b"EHLO x\r\n", b"HELO x\r\n", b"MAIL FROM:<a@a.example>\r\n", b"RCPT TO:<b@b.example>\r\n", b"DATA\r\n", b"x\r\n.\r\n",
     b".\r\n", b"BDAT 3 LAST\r\nx\r\n", b"BDAT 2\r\nab", b"RSET\r\n", b"NOOP\r\n", b"AUTH PLAIN AGEAYg==\r\n", b"AUTH LOGIN\r\n",

@@ -143,7 +143,6 @@ class Conversation(ClientWire):
         finally:
             self._ending = True
             self.hang_up()
-            self.abort_later()
             try:
                 await self._end()
             finally:

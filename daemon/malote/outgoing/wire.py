@@ -12,6 +12,7 @@ import re
 import socket
 import struct
 import termios
+from collections.abc import Iterator
 from enum import Enum, auto
 from typing import cast
 
@@ -19,6 +20,7 @@ from malote.errors import Reply
 
 MAX_LINE = 12288 + 2            # RFC 4954 section 4: an AUTH line may have 12288 octets
 HIGH_WATER_BYTES = 64 * 1024    # unread command bytes above which the socket is left alone
+MAX_REPLY_TEXT = 480            # characters in a line of a reply, beside code and enhanced code
 LINGER_SECONDS = 30             # for the last reply to leave after we have closed
 MIN_DATA_RATE = 512             # bytes per second averaged over the whole data phase: a 1980s modem; below it is a slow-loris
 
@@ -181,7 +183,7 @@ class ClientWire(asyncio.Protocol):
         self._unread_reply = True
         self._mark = -1
         self.flush()
-        if self.transport is not None and self.transport.get_write_buffer_size():
+        if self.transport is not None and not self.transport.is_closing() and self.transport.get_write_buffer_size():
             self._mark = -1     # it waits behind a full socket: asked again at the next reply
 
     def _proof_offset(self) -> int:
@@ -224,24 +226,38 @@ class ClientWire(asyncio.Protocol):
         if reply is not None:
             self.say(reply)
         self.flush()
-        if self.transport is not None:
-            self.transport.close()
+        transport = self.transport
+        if transport is not None and not transport.is_closing():    # a second close() of a TLS transport breaks it
+            if transport.get_write_buffer_size():
+                self.loop.call_later(LINGER_SECONDS, transport.abort)   # a peer that reads nothing must not keep the socket
+            transport.close()
         self._eof = True
         self._wake()
         self.resume_writing()
 
-    def abort_later(self) -> None:
-        """A peer that does not take our last words must not keep the socket."""
-        if self.transport is not None and self.transport.get_write_buffer_size():
-            self.loop.call_later(LINGER_SECONDS, self.transport.abort)
-
 
 def encode_reply(reply: Reply) -> bytes:
-    """Wire form. A control character in the text, from wherever it came, cannot become a line of its own."""
+    """Wire form. A control character in the text, from wherever it came, cannot become a line of its own.
+
+    Lines are kept below 512 octets (RFC 5321 4.5.3.1.5): Python's smtplib gives up on long ones, and then the client does not
+    know what became of its message. Not so for 334, whose text is one base64 string (RFC 4954 section 4).
+    """
     text = reply.text
-    if not text.isprintable():
-        reply = Reply(reply.code, reply.enhanced, _UNSAFE.sub(" ", text))
+    width = MAX_REPLY_TEXT if text.isascii() else MAX_REPLY_TEXT // 4
+    if not text.isprintable() or len(text) > width:
+        lines = _UNSAFE.sub(" ", text).split("\n")
+        if reply.code != 334:
+            lines = [part for line in lines for part in _folded(line, width)]
+        reply = Reply(reply.code, reply.enhanced, "\n".join(lines))
     return f"{reply}\r\n".encode(errors="replace")
+
+
+def _folded(line: str, width: int) -> Iterator[str]:
+    while len(line) > width:
+        cut = line.rfind(" ", 0, width) + 1 or width
+        yield line[:cut]
+        line = line[cut:]
+    yield line
 
 
 def bytes_in_kernel(fd: int) -> int:
