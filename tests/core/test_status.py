@@ -35,7 +35,7 @@ TRACE = [b"Received: from a\r\n\tby b; today\r\n", b"Received: from c by a; toda
 
 
 def delivered(content: bytes = CONTENT, judgement: Judgement = JUDGEMENT, text: str = TEXT) -> bytes:
-    return deliverable(content, TRACE, make_headers(KEY, ID, judgement, text, MARK, content))
+    return deliverable(content, TRACE, make_headers(KEY, ID, judgement, text, MARK, content, TRACE))
 
 
 def test_what_is_delivered() -> None:
@@ -46,7 +46,6 @@ def test_what_is_delivered() -> None:
     assert delivered_content(raw) == CONTENT
     assert check_delivered(KEY, raw)
     assert check_delivered(KEY, raw.replace(b"\r\n", b"\n"))
-    assert check_delivered(KEY, b"Return-Path: <x@y>\r\nDelivered-To: bob@b.example\r\n" + raw)
     parsed = email.message_from_bytes(raw)
     assert parsed["Malote-Mark"] == MARK
     assert unfold(parsed["Authentication-Results"].encode()) == f"{ID}; x-malote=pass reason=FRESH".encode()
@@ -68,8 +67,7 @@ def test_another_key_is_not_ours() -> None:
 def test_any_change_fails() -> None:
     """Every byte of our headers and of the message, changed in turn, unless the change is only a line end or case of a name."""
     raw = delivered()
-    start = len(b"".join(TRACE))
-    for at in range(start, len(raw)):
+    for at in range(len(raw)):
         for change in (1, 0x20):
             changed = raw[:at] + bytes([raw[at] ^ change]) + raw[at + 1:]
             if _same_fields(changed, raw):
@@ -88,6 +86,11 @@ def _same_fields(changed: bytes, raw: bytes) -> bool:
 
 @pytest.mark.parametrize("change", [
     lambda raw: b"From: mallory@m.example\r\n" + raw,                       # a field above that people would see
+    # sent in again, perhaps by somebody to whom it was forwarded whole: mail servers put their trace on top
+    lambda raw: b"Return-Path: <mallory@m.example>\r\n" + raw,
+    lambda raw: b"Received: from m by b; today\r\n" + raw,
+    lambda raw: raw.removeprefix(TRACE[0]),
+    lambda raw: b"\r\n" + raw,
     lambda raw: b"Malote-Verdict: LATE\r\n" + raw,                          # a second verdict, above
     lambda raw: raw.replace(b"\r\n\r\n", b"\r\nMalote-Verdict: FRESH\r\n\r\n", 1),    # and below
     lambda raw: raw.replace(b"\r\n\r\n", f"\r\nAuthentication-Results: {ID}; x-malote=pass\r\n\r\n".encode(), 1),
@@ -110,7 +113,7 @@ def test_whole_changes_fail(change: object) -> None:
 
 def test_a_verdict_belongs_to_its_message() -> None:
     """The headers of one message do not make another one look good."""
-    headers = make_headers(KEY, ID, JUDGEMENT, TEXT, MARK, CONTENT)
+    headers = make_headers(KEY, ID, JUDGEMENT, TEXT, MARK, CONTENT, TRACE)
     assert not check_delivered(KEY, deliverable(CONTENT.replace(b"hello", b"other"), TRACE, headers))
 
 
@@ -253,7 +256,8 @@ def test_an_original_that_begins_in_the_middle_of_a_field() -> None:
 
 def test_received_lines_cannot_smuggle() -> None:
     """The outer trace is anybody's text: a line that some reader would read as two is left out."""
-    headers = make_headers(KEY, ID, JUDGEMENT, TEXT, MARK, CONTENT)
-    raw = deliverable(CONTENT, [b"Received: x\rMalote-Verdict: FRESH\r\n", b"Received: \0\r\n", b"Received: last"], headers)
+    trace = [b"Received: x\rMalote-Verdict: FRESH\r\n", b"Received: \0\r\n", b"Received: last"]
+    headers = make_headers(KEY, ID, JUDGEMENT, TEXT, MARK, CONTENT, trace)
+    raw = deliverable(CONTENT, trace, headers)
     assert raw == b"Received: last\r\n" + headers + CONTENT
     assert check_delivered(KEY, raw)

@@ -1,6 +1,7 @@
 """The headers in which we say what was found, and their removal from everything that others wrote (docs/threat-model.md, 5).
 
-`Malote-Verdict` carries an HMAC under the account's key over the verdict, all that is shown with it, and the message below;
+`Malote-Verdict` carries an HMAC under the account's key over the verdict, all that is shown with it, the message below and the
+trace fields above, so that what we delivered, sent in again, is not taken for ours: it has come another way;
 `Authentication-Results` (RFC 8601) an authserv-id with 128 bits that nobody outside knows. A message that arrives with either, or
 with Malote-Mark or Malote-Seal, and is not one that we delivered unchanged, is a forgery. Nested headers are data and stay.
 """
@@ -30,8 +31,6 @@ _REST = rb"[^\n]*(?:\n[ \t][^\n]*)*"       # of a field: its value with its fold
 _BLOCK = re.compile(
     rb"malote-verdict:(%b)\nmalote-mark:(%b)\nauthentication-results:(%b)\n" % (_REST, _REST, _REST), re.IGNORECASE
 )
-# What may stand above our headers: the way the message came, which the MAC does not cover
-_TRACE = re.compile(rb"(?:(?:received|return-path|delivered-to|x-original-to)[ \t]*:%b\n)*\Z" % _REST, re.IGNORECASE)
 _VALUE = re.compile(
     rb'([A-Z-]+); notes=([A-Z,-]*); text="(?:[ !#-\[\]-~]|\\u\{[0-9a-f]+\})*"; '
     rb"mark=([!-:<-~]+); by=([a-z0-9.-]+); mac=([0-9a-f]{64})"
@@ -45,9 +44,18 @@ _UNSAFE = re.compile(r'[^ -~]|["\\]')
 _RESULTS = {Verdict.FRESH: "pass", Verdict.UNKNOWN_SENDER: "none", Verdict.UNREADABLE: "permerror"}
 
 
-def message_hash(content: Bytes) -> bytes:
-    """SHA-512 of what stands below our headers, with every CRLF as LF: mail servers change line ends, and nothing else."""
-    return sha512(_joint(content).replace(b"\r\n", b"\n"))
+def message_hash(content: Bytes, received: Sequence[bytes] = ()) -> bytes:
+    """SHA-512 of what stands above and below our headers, with every CRLF as LF: mail servers change line ends, nothing else."""
+    return _hash(_trace(received), _joint(content))
+
+
+def _hash(above: bytes, below: bytes) -> bytes:
+    return sha512(above.replace(b"\r\n", b"\n"), b"\0", below.replace(b"\r\n", b"\n"))     # no NUL in a trace field
+
+
+def _trace(received: Sequence[bytes]) -> bytes:
+    """The outer Received lines. One with a bare CR or NUL is left out: some reader would see another field in it."""
+    return b"".join([raw if raw.endswith(b"\n") else raw + b"\r\n" for raw in received if not _BAD_TRACE.search(raw)])
 
 
 def make_verdict_header(
@@ -75,11 +83,13 @@ def check_verdict_header(mac_key: bytes, value: bytes, message_sha512: bytes) ->
     return equal(_mac(mac_key, said, message_sha512), bytes.fromhex(mac.decode("ascii")))
 
 
-def make_headers(mac_key: bytes, authserv_id: str, judgement: Judgement, text: str, mark: str, content: Bytes) -> bytes:
-    """All our headers for the opened `content` (already without forged ones): Malote-Verdict, Malote-Mark, and
-    Authentication-Results."""
+def make_headers(
+    mac_key: bytes, authserv_id: str, judgement: Judgement, text: str, mark: str, content: Bytes, received: Sequence[bytes],
+) -> bytes:
+    """All our headers for the opened `content` (already without forged ones) below these Received lines: Malote-Verdict,
+    Malote-Mark, and Authentication-Results."""
     verdict = make_verdict_header(
-        mac_key, judgement, message_hash(content), text=text, mark=mark, authserv_id=authserv_id,
+        mac_key, judgement, message_hash(content, received), text=text, mark=mark, authserv_id=authserv_id,
     )
     results = fold_field("Authentication-Results", _results(judgement.verdict, authserv_id))
     return verdict + fold_field("Malote-Mark", [mark]) + results
@@ -91,12 +101,8 @@ def _results(verdict: Verdict, authserv_id: str) -> list[str]:
 
 
 def deliverable(content: bytes, received: Sequence[bytes], headers: bytes) -> bytes:
-    """What is delivered: the outer Received lines, our headers, and the content as it is.
-
-    A Received line with a bare CR or NUL is left out: it is not ours, and some reader would see a field in it.
-    """
-    trace = [raw if raw.endswith(b"\n") else raw + b"\r\n" for raw in received if not _BAD_TRACE.search(raw)]
-    return b"".join([*trace, headers, _joint(content)])
+    """What is delivered: the outer Received lines, our headers, and the content as it is."""
+    return b"".join([_trace(received), headers, _joint(content)])
 
 
 def delivered_content(raw: bytes) -> bytes:
@@ -106,15 +112,15 @@ def delivered_content(raw: bytes) -> bytes:
 
 
 def check_delivered(mac_key: bytes, raw: bytes) -> bool:
-    """Whether `raw` is a message as we delivered it: our three headers, which say the same, above the content they were made for,
-    with nothing but trace fields above and no other status field below."""
+    """Whether `raw` is a message as we delivered it: our three headers, which say the same, between the trace and the content
+    that they were made for, and no other status field below. What was sent in again has more trace, and is not."""
     block = _find_block(raw)
-    if block is None or _TRACE.match(raw[:block.start()]) is None:
+    if block is None:
         return False
     content = raw[block.end():]
     value = unfold(block[1])
     said = _VALUE.fullmatch(value)
-    if said is None or not check_verdict_header(mac_key, value, message_hash(content)):
+    if said is None or not check_verdict_header(mac_key, value, _hash(raw[:block.start()], content)):
         return False
     authserv_id = said[4].decode("ascii")
     if unfold(block[2]) != said[3] or carries_status(content, authserv_id):

@@ -203,10 +203,11 @@ class Receiver:
         claim = opened.claim(opened.unsealed.recipient)
         text = sentence(judgement.verdict, claim, arrived_ms=letter.fetched.internal_date_ms, notes=judgement.notes,
                         first=judgement.first)
-        headers = status.make_headers(self._keys.mac_key, self._keys.authserv_id, judgement, text, str(mark), content)
+        trace = received_lines(letter.fetched.raw)
+        headers = status.make_headers(self._keys.mac_key, self._keys.authserv_id, judgement, text, str(mark), content, trace)
         fetched = letter.fetched
         return Parcel(
-            uid=fetched.uid, mark=mark, raw=status.deliverable(content, received_lines(fetched.raw), headers),
+            uid=fetched.uid, mark=mark, raw=status.deliverable(content, trace, headers),
             flags=kept_flags(fetched.flags, keywords=place.keywords), internal_date=fetched.internal_date,
             internal_date_ms=fetched.internal_date_ms, again=not item.stored.first, other=others.get(mark.message),
         )
