@@ -7,6 +7,8 @@ import zlib
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from lab.envelope import (
     STREAM,
@@ -18,6 +20,7 @@ from lab.envelope import (
     refused,
     seal_for,
 )
+from malote.core import blob, payload
 from malote.core.manifest import parse_manifest, serialize_manifest
 from malote.core.open import authenticate, unseal
 from malote.core.parts import FoundKeyBlob, FoundParts, FoundPayload, find_parts
@@ -156,6 +159,46 @@ def test_serials_out_of_range_are_refused(serial: int, prev: int) -> None:
     if serial < 2**63:
         with pytest.raises(ValueError, match="serial"):
             seal_for(message(), [SealRecipient(BOB.address, BOB.decryption[0].public, "to", STREAM, serial, prev)])
+
+
+# --- what is accepted has one form
+
+@given(st.binary(max_size=300), st.binary(max_size=5000), st.binary(max_size=100), st.integers(0, 6000), st.integers(0, 255))
+@settings(max_examples=300, deadline=None)
+def test_containers_have_one_form(manifest: bytes, body: bytes, signature: bytes, position: int, value: int) -> None:
+    whole = bytearray(b"".join(payload.serialize_container(manifest, body, signature)))
+    whole[position % len(whole)] = value
+    try:
+        parsed = payload.parse_container(whole)
+    except Unreadable:
+        return
+    assert b"".join(payload.serialize_container(parsed.manifest, parsed.body, parsed.signature)) == whole
+
+
+@given(st.integers(0, 1221), st.integers(0, 255), st.integers(-2, 2))
+@settings(deadline=None)
+def test_key_blob_parts_have_one_form(position: int, value: int, length: int) -> None:
+    part = bytearray(blob.serialize_key_blob(bytes(16), b"\1\4\xa8" + bytes(1192)))
+    part[position] = value
+    raw = bytes(part)[:length] if length < 0 else bytes(part) + bytes(length)
+    try:
+        parsed = blob.parse_key_blob(raw)
+    except Unreadable:
+        return
+    assert blob.serialize_key_blob(parsed.eid, parsed.blob) == raw
+
+
+@given(st.integers(0, 67), st.integers(0, 255))
+@settings(deadline=None)
+def test_headers_have_one_form(position: int, value: int) -> None:
+    genuine = Envelope(b"").header.raw
+    raw = genuine[:position] + bytes([value]) + genuine[position + 1:]
+    try:
+        parsed = payload.parse_header(raw)
+    except Unreadable:
+        assert position < 12
+        return
+    assert (parsed.raw, parsed.salt, parsed.commit) == (raw, raw[12:36], raw[36:])
 
 
 # --- bit flips

@@ -11,7 +11,7 @@ from functools import lru_cache
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lab.envelope import Envelope, message, open_as, person, recipient, seal_for, unseal_as, wrap
@@ -385,6 +385,18 @@ def test_any_text_is_found_refused_or_not_ours(raw: bytes) -> None:
 @given(st.data())
 @settings(max_examples=200, deadline=None)
 def test_mutations_of_a_sealed_message(data: st.DataObject) -> None:
+    mutate(data)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1200)
+@given(st.data())
+@settings(max_examples=30_000, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+def test_many_mutations_of_a_sealed_message(data: st.DataObject) -> None:
+    mutate(data)
+
+
+def mutate(data: st.DataObject) -> None:
     """Cut, repeated, swapped and overwritten pieces of a genuine message."""
     raw = sealed()
     for _ in range(data.draw(st.integers(1, 4))):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 # docs/format.md, Structure: the note, the outer headers, MIME headers, signature and manifest.
 FIXED_BYTES = 64 * 1024
-# One key-blob part: 1219 bytes in base64 lines (1.7 kB) and its MIME headers, and one entry of the manifest.
+# One key-blob part: 1222 bytes in base64 lines (1.7 kB) and its MIME headers, and one entry of the manifest.
 RECIPIENT_BYTES = 2400
 # Base64 in lines of 76 with CRLF is 78/57; Padme padding adds at most 3 % above 64 KiB.
 GROWTH_PERMILLE = 1410
