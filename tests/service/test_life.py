@@ -44,7 +44,8 @@ def test_what_the_service_manager_is_told(home: Home, port: int) -> None:
         send(port)
         daemon.until(lambda: daemon.states.count("WATCHDOG=1") > 2, "the watchdog is fed")
         daemon.reload()
-        assert [state for state in daemon.states if state.startswith(("READY", "RELOAD"))] == ["READY=1", "RELOADING=1", "READY=1"]
+        told = [state for state in daemon.states if state.startswith(("READY", "RELOAD"))]
+        assert told == ["READY=1", "RELOADING=1", "READY=1"]
         assert any(state.startswith("MONOTONIC_USEC=") for state in daemon.states)
         assert any(state.startswith("STATUS=listening on 1") for state in daemon.states)
         assert daemon.stop() == 0
@@ -163,8 +164,8 @@ def test_a_store_that_cannot_be_written_is_exit_code_6(home: Home, port: int) ->
 
 def test_addresses_of_an_account_that_are_none_are_exit_code_2(home: Home, lab: Lab, dovecot: Dovecot) -> None:
     """systemd would otherwise start it again for ever."""
-    home.configure("[outgoing]\nenabled = false\n"
-                   + account(ANNA, dovecot.imaps_port, lab.certificate, home, more='deliver = "replace"\naddresses = ["no address"]'))
+    more = 'deliver = "replace"\naddresses = ["no address"]'
+    home.configure("[outgoing]\nenabled = false\n" + account(ANNA, dovecot.imaps_port, lab.certificate, home, more=more))
     code, said = end_of(home)
     assert code == ExitCode.CONFIG
     assert "accounts.1.addresses" in said
