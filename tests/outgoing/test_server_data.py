@@ -329,6 +329,13 @@ class TestExtensions:
                 ("rcpt", "c@c.example", {"NOTIFY": "never"}),
             ]
 
+    async def test_the_same_parameter_twice_is_harmless(self) -> None:
+        """smtplib's send_message adds BODY=8BITMIME to that of its caller."""
+        async with serving(RecordingDesk()) as server, connected(server) as client:
+            await client.ask("EHLO x")
+            assert (await client.ask("MAIL FROM:<a@a.example> BODY=8BITMIME SMTPUTF8 BODY=8BITMIME")).startswith("250")
+            assert server.desk.events == [("mail", "a@a.example", {"BODY": "8BITMIME", "SMTPUTF8": True})]
+
     @pytest.mark.parametrize("parameters", [
         "SIZE=x", "SIZE", "SIZE=1 SIZE=2", "BODY=BINARYMIME", "RET=ALL",
         "ENVID=" + "x" * 101, "ENVID=+zz", "SMTPUTF8=1", "SIZE=1=2", "=",

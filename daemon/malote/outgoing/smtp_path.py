@@ -62,9 +62,11 @@ def parse_path(argument: str, keyword: str) -> tuple[str, dict[str, str | bool]]
                 continue
             name, equals, value = part.partition("=")
             name = name.upper()
-            if not _KEYWORD.fullmatch(name) or (equals and not _VALUE.fullmatch(value)) or name in parameters:
+            given = value if equals else True
+            # the same twice is harmless, and smtplib's send_message does it; two values are not
+            if not _KEYWORD.fullmatch(name) or (equals and not _VALUE.fullmatch(value)) or parameters.get(name, given) != given:
                 raise PathRefused(Reply(501, "5.5.4", "Syntax error in parameters"))
-            parameters[name] = value if equals else True
+            parameters[name] = given
     return address, parameters
 
 
