@@ -201,7 +201,6 @@ async def test_a_server_that_cannot_be_followed_is_left(said: bytes, answer: byt
 async def test_an_endless_line_and_endless_chatter(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a server may make us hold is bounded, also in many small answers."""
     monkeypatch.setattr("malote.incoming.imap_frame.MAX_LINE", 100_000)
-    monkeypatch.setattr("malote.incoming.imap_protocol.STATUS_BUDGET", 100_000)
 
     async def long_line(script: Script) -> None:
         await script.begin(b"LIST")

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 
 from malote.errors import MailboxError, MailboxLost
 from malote.incoming import imap_names, imap_parse
+from malote.incoming.imap_exchange import Exchange, Piece
 from malote.incoming.imap_folders import Folder
 from malote.incoming.imap_names import Literal
 from malote.incoming.imap_parse import Status
-from malote.incoming.imap_protocol import Exchange, MailProtocol, Piece
+from malote.incoming.imap_protocol import MailProtocol
 
 MAX_IN_FLIGHT = 64                      # commands
 MAX_BYTES_IN_FLIGHT = 4 * 1024 * 1024   # of messages that the server has not answered for; one larger goes alone

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 
 from malote.errors import MailboxError
 from malote.incoming import imap_names, imap_parse
+from malote.incoming.imap_exchange import Exchange
 from malote.incoming.imap_parse import Data, Part, Value
-from malote.incoming.imap_protocol import Exchange, MailProtocol
+from malote.incoming.imap_protocol import MailProtocol
 
 BATCH_MESSAGES = 200                # messages in one FETCH of bodies
 BATCH_BYTES = 4 * 1024 * 1024       # of message text in one FETCH; two are in flight, so about twice that is in memory

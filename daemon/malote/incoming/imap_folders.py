@@ -9,8 +9,9 @@ from dataclasses import dataclass
 
 from malote.errors import MailboxError
 from malote.incoming import imap_names, imap_parse
+from malote.incoming.imap_exchange import Exchange, Piece
 from malote.incoming.imap_parse import Atom, Listed
-from malote.incoming.imap_protocol import Exchange, MailProtocol, Piece
+from malote.incoming.imap_protocol import MailProtocol
 
 # Where no folder carries the attribute: the names that servers and clients use for it, lower case.
 _USUAL_NAMES = {

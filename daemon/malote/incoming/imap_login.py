@@ -18,14 +18,41 @@ from aioimaplib import aioimaplib
 
 from malote.config import AccountConfig, Security
 from malote.errors import ConfigError, MailboxError, MailboxLost
+from malote.incoming.imap_exchange import Exchange
 from malote.incoming.imap_names import astring
-from malote.incoming.imap_protocol import Exchange, MailClient, MailProtocol
+from malote.incoming.imap_protocol import MailProtocol
 from malote.private_files import run_token_command
 
 CONNECT_SECONDS = 30.0          # name look-up, TCP, TLS and greeting together
 MAX_CAPABILITIES = 1000
 
 Password = Callable[[], Awaitable[str]]
+
+
+class MailClient(aioimaplib.IMAP4):     # type: ignore[misc]
+    """aioimaplib's client, speaking through `MailProtocol`."""
+
+    def __init__(self, host: str, port: int, *, ssl_context: ssl.SSLContext | None, max_literal: int) -> None:
+        self._max_literal = max_literal
+        super().__init__(host, port, ssl_context=ssl_context)
+
+    def create_client(self, host: str, port: int, loop: asyncio.AbstractEventLoop | None,
+                      conn_lost_cb: Callable[[Exception | None], None] | None = None,
+                      ssl_context: ssl.SSLContext | None = None) -> None:
+        running = loop or asyncio.get_running_loop()
+        self.protocol = MailProtocol(running, max_literal=self._max_literal)
+        self._client_task = running.create_task(running.create_connection(lambda: self.protocol, host, port, ssl=ssl_context))
+
+    async def _wait_connection_and_hello(self) -> None:
+        await self._client_task     # a refused connection, a failed name look-up or a TLS error is raised here
+        await self.protocol.greeted.wait()
+        if self.protocol.lost.is_set():
+            raise MailboxLost(self.protocol.lost_reason)
+
+    def abort(self) -> None:
+        """Close at once, whatever the state."""
+        self._client_task.cancel()
+        self.protocol.fail("the connection was closed on our side")
 
 
 async def open_connection(account: AccountConfig, password: Password, context: ssl.SSLContext | None, *,

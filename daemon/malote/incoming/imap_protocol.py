@@ -14,20 +14,18 @@ from __future__ import annotations
 import asyncio
 import re
 import ssl
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import cast
 
 from aioimaplib import aioimaplib
 
 from malote.errors import MailboxError, MailboxLost
+from malote.incoming.imap_exchange import Exchange
 from malote.incoming.imap_frame import Framer
-from malote.incoming.imap_names import Literal
 from malote.incoming.imap_parse import Data, Status, parse_status, parse_untagged
 
 MAX_LITERAL = 160 * 1024 * 1024     # the largest message taken in; announced literals above it end the connection
 WRITE_CHUNK = 256 * 1024            # of a literal, between looks at the flow control
-STATUS_BUDGET = 64 * 1024 * 1024    # bytes that the answers to one command may hold, if it does not say otherwise
 MAX_WAITS = 60                      # how often a command that trickles in may be given its time again
 
 _TAGGED = re.compile(rb"([A-Z]+[0-9]+) (.*)", re.DOTALL)
@@ -35,66 +33,6 @@ _TAGGED = re.compile(rb"([A-Z]+[0-9]+) (.*)", re.DOTALL)
 # it changes the state of the connection or is answered by untagged data that names no command (RFC 3501 5.5).
 _TOGETHER = frozenset({"FETCH", "APPEND", "STORE", "NOOP"})
 _EXTRA_STATES = {"UNSELECT": (aioimaplib.SELECTED,)}
-
-Piece = bytes | Literal
-
-
-class Exchange(aioimaplib.Command):     # type: ignore[misc]
-    """One command and the answers to it. `wants` are the names of the untagged data that belong to it.
-
-    `answer` gives the client's next line whenever the server sends `+`; without it only literals may be asked for.
-    """
-
-    def __init__(self, name: str, tag: str, pieces: Sequence[Piece] = (), *, wants: frozenset[str] = frozenset(),
-                 prefix: str = "", seconds: float, budget: int = STATUS_BUDGET,
-                 take: Callable[[Data], bool] | None = None, answer: Callable[[bytes], bytes] | None = None) -> None:
-        super().__init__(name, tag, prefix=prefix or None)
-        self.pieces = pieces
-        self.wants = wants
-        self.seconds = seconds
-        self.budget = budget
-        self.take = take
-        self.answer = answer
-        self.data: list[Data] = []
-        self.codes: list[Status] = []       # untagged status with a code, as COPYUID of a MOVE (RFC 6851 4.3)
-        self.status: Status | None = None
-        self.continued: asyncio.Event | None = None     # set by `+`, and by the end of the command
-
-    def offer(self, response: Data, size: int) -> bool:
-        """Keep an untagged response if it is ours. Raises `ValueError` if the answers grow beyond the budget."""
-        if response.name not in self.wants or (self.take is not None and not self.take(response)):
-            return False
-        self.budget -= size
-        if self.budget < 0:
-            raise ValueError("an answer larger than what was asked for")
-        if self.take is None:
-            self.data.append(response)
-        return True
-
-    @property
-    def done(self) -> bool:
-        return cast(bool, self._event.is_set())
-
-    def finish(self, status: Status) -> None:
-        self.status = status
-        self.close(status.text.encode(), status.result)
-        if self.continued is not None:
-            self.continued.set()
-
-    def break_off(self, reason: str) -> None:
-        self._exception = MailboxLost(reason)
-        self.close(b"", "KO")
-        if self.continued is not None:
-            self.continued.set()
-
-    def ok(self, what: str) -> Status:
-        """The final status, or `MailboxError` with its code for NO and BAD. `what` names the action for people."""
-        if self.status is None:
-            raise MailboxLost("the connection is gone")
-        if self.status.result != "OK":
-            said = f": {self.status.text}" if self.status.text else ""
-            raise MailboxError(f"the mail server refused to {what}{said}", code=self.status.code or self.status.result)
-        return self.status
 
 
 class MailProtocol(aioimaplib.IMAP4ClientProtocol):     # type: ignore[misc]
@@ -454,29 +392,3 @@ class MailProtocol(aioimaplib.IMAP4ClientProtocol):     # type: ignore[misc]
         self.capabilities = set()
         self._upgrading = False
         self.news.clear()
-
-
-class MailClient(aioimaplib.IMAP4):     # type: ignore[misc]
-    """aioimaplib's client, speaking through `MailProtocol`."""
-
-    def __init__(self, host: str, port: int, *, ssl_context: ssl.SSLContext | None, max_literal: int) -> None:
-        self._max_literal = max_literal
-        super().__init__(host, port, ssl_context=ssl_context)
-
-    def create_client(self, host: str, port: int, loop: asyncio.AbstractEventLoop | None,
-                      conn_lost_cb: Callable[[Exception | None], None] | None = None,
-                      ssl_context: ssl.SSLContext | None = None) -> None:
-        running = loop or asyncio.get_running_loop()
-        self.protocol = MailProtocol(running, max_literal=self._max_literal)
-        self._client_task = running.create_task(running.create_connection(lambda: self.protocol, host, port, ssl=ssl_context))
-
-    async def _wait_connection_and_hello(self) -> None:
-        await self._client_task     # a refused connection, a failed name look-up or a TLS error is raised here
-        await self.protocol.greeted.wait()
-        if self.protocol.lost.is_set():
-            raise MailboxLost(self.protocol.lost_reason)
-
-    def abort(self) -> None:
-        """Close at once, whatever the state."""
-        self._client_task.cancel()
-        self.protocol.fail("the connection was closed on our side")

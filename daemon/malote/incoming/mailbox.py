@@ -20,11 +20,12 @@ from malote.config import AccountConfig
 from malote.errors import MailboxError
 from malote.incoming import imap_names, imap_parse
 from malote.incoming.imap_append import Appended, Appender, AppendItem, appendable
+from malote.incoming.imap_exchange import Exchange, Piece
 from malote.incoming.imap_fetch import Fetched, Peeked, Reader
 from malote.incoming.imap_folders import Folder, Folders, FolderStatus
-from malote.incoming.imap_login import Password, open_connection
+from malote.incoming.imap_login import MailClient, Password, open_connection
 from malote.incoming.imap_parse import Part, Status
-from malote.incoming.imap_protocol import MAX_LITERAL, Exchange, MailClient, Piece
+from malote.incoming.imap_protocol import MAX_LITERAL
 
 __all__ = ["AppendItem", "Appended", "Fetched", "Folder", "FolderStatus", "Mailbox", "Part", "Peeked", "Selected", "appendable"]
 
