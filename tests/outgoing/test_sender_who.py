@@ -27,7 +27,8 @@ PASS_THROUGH = ListenerConfig(host=HOST)
 CHEAP = {"memory_kib": 64, "iterations": 1, "lanes": 1}     # only for testing!
 
 
-def gateway(directory: Path, server: Upstream, listener: ListenerConfig = PASS_THROUGH, username: str = "", **more: Any) -> Gateway:
+def gateway(directory: Path, server: Upstream, listener: ListenerConfig = PASS_THROUGH, username: str = "",
+            **more: Any) -> Gateway:
     config = upstream_config(server.port, username=username)
     return Gateway(directory, config, listener, **({"cards": (BOB,), "identities": IDENTITIES} | more))
 

@@ -1,0 +1,125 @@
+"""kill -9 of a real process at each step of a send, then a restart and the client's retry: the receiver gets the message once as
+FRESH, and whatever comes again is DUPLICATE. Also: the upstream connection and the client die instead of the process."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lab.servers import free_port
+from malote.store import Store
+from outgoing.harness import Answer, Upstream, person, settings_for_process, submit, text, verdict
+
+ALICE, BOB, DAVE = (person(f"{name}@test.example") for name in ("alice", "bob", "dave"))
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@asynccontextmanager
+async def process(directory: Path, upstream: Upstream, *, die: str = "") -> AsyncIterator[tuple[asyncio.subprocess.Process, int]]:
+    """A gateway in a process of its own, on the store of `directory`."""
+    port = free_port()
+    settings = directory / "settings.json"
+    settings_for_process(settings, directory=directory / "store", upstream_port=upstream.port, port=port, identities=[ALICE],
+                         cards=[BOB, DAVE], die=die)
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}/daemon:{ROOT}/tests"}
+    child = await asyncio.create_subprocess_exec(sys.executable, "-m", "outgoing.harness", str(settings), env=environment,
+                                                 stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL)
+    try:
+        assert child.stdout is not None
+        assert await child.stdout.readline() == b"ready\n"
+        yield child, port
+    finally:
+        if child.returncode is None:
+            child.send_signal(signal.SIGKILL)
+        await child.wait()
+
+
+def submit_or_lose(port: int, recipients: list[str], content: bytes) -> int:
+    """The reply's code; 0 when the gateway died."""
+    try:
+        return submit(port, ALICE.address, recipients, content, polite=False).code
+    except Exception:  # noqa: BLE001 - a lost connection comes as many exceptions
+        return 0
+
+
+async def verdicts(directory: Path, upstream: Upstream, reader: Any) -> list[str]:
+    store = await Store.open(directory / reader.address)
+    try:
+        return [await verdict(store, message.content, reader, ALICE)
+                for message in upstream.messages if reader.address in message.recipients]
+    finally:
+        await store.close()
+
+
+def check(sent: list[str], certain: bool) -> None:
+    assert sent[:1] == ["FRESH"], "lost, or not fresh"
+    assert sent[1:] == ["DUPLICATE"] * (len(sent) - 1), "a repeat was shown as fresh"
+    if certain:
+        assert len(sent) == 1
+
+
+KILLS = ["CONNECT 1", "EHLO 1", "MAIL 1", "RCPT 1", "RCPT 2", "RSET 1", "MAIL 2", "DATA 1", "DOT 1", "DOT! 1", "MAIL 3", "DATA 2",
+         "DOT 2", "DOT! 2", "QUIT 1"]
+QUICK = ("RCPT 2", "DATA 1", "DOT 1", "DOT! 1", "DOT! 2")       # each costs two or three starts of a process
+
+
+@pytest.mark.parametrize("step", [each if each in QUICK else pytest.param(each, marks=pytest.mark.long) for each in KILLS])
+async def test_killed_while_the_upstream_is_at_a_step(tmp_path: Path, step: str) -> None:
+    """To bob openly and to dave as Bcc: two copies. The upstream server kills the gateway when it reaches the step."""
+    name, number = step.split()
+    victim: list[asyncio.subprocess.Process] = []
+
+    def script(at: str, argument: str, count: int) -> Answer | bool:
+        if victim and (at, count) == (name, int(number)):
+            victim.pop().send_signal(signal.SIGKILL)
+        return False
+    content = text(message_id="")
+    recipients = [BOB.address, DAVE.address]
+    async with Upstream(script) as upstream:
+        async with process(tmp_path, upstream) as (child, port):
+            victim.append(child)
+            code = await asyncio.to_thread(submit_or_lose, port, recipients, content)
+        victim.clear()
+        if code != 250:
+            async with process(tmp_path, upstream) as (_, port):
+                assert await asyncio.to_thread(submit_or_lose, port, recipients, content) == 250
+        # with its connection gone before the dot's reply, the server may have taken the message: twice is possible, unseen is not
+        certain = not name.startswith("DOT") and step != "QUIT 1" and step not in ("MAIL 3", "DATA 2")
+        check(await verdicts(tmp_path, upstream, BOB), certain)
+        check(await verdicts(tmp_path, upstream, DAVE), certain)
+        assert b"the secret" not in upstream.wire
+
+
+@pytest.mark.parametrize("step", [
+    pytest.param("before begin_send", marks=pytest.mark.long), "after begin_send", "before finish_send", "after finish_send"])
+async def test_killed_around_a_commit(tmp_path: Path, step: str) -> None:
+    content = text(message_id="", date="")
+    async with Upstream() as upstream:
+        async with process(tmp_path, upstream, die=step) as (child, port):
+            code = await asyncio.to_thread(submit_or_lose, port, [BOB.address], content)
+            assert await asyncio.wait_for(child.wait(), 20) == -signal.SIGKILL
+        if code != 250:
+            async with process(tmp_path, upstream) as (_, port):
+                assert await asyncio.to_thread(submit_or_lose, port, [BOB.address], content) == 250
+        check(await verdicts(tmp_path, upstream, BOB), certain=step != "before finish_send")
+
+
+async def test_serial_numbers_go_on_after_a_crash(tmp_path: Path) -> None:
+    """The process killed after each commit of numbers: no number is ever used for two messages."""
+    async with Upstream() as upstream:
+        for number in range(2):
+            async with process(tmp_path, upstream, die="after begin_send") as (_, port):
+                await asyncio.to_thread(submit_or_lose, port, [BOB.address], text(body=f"lost {number}"))
+            async with process(tmp_path, upstream) as (_, port):
+                assert await asyncio.to_thread(submit_or_lose, port, [BOB.address], text(body=f"sent {number}")) == 250
+        assert await verdicts(tmp_path, upstream, BOB) == ["FRESH"] * 2
+
+
