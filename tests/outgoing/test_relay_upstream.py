@@ -104,6 +104,28 @@ class TestEachPhaseFails:
         await upstream.close()
         server.close()
 
+    async def test_a_server_that_stops_reading(self) -> None:
+        """The block timer ends it before the final dot: nothing is in doubt."""
+        async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            for answer in (b"220 x\r\n", b"250 x\r\n", b"250 ok\r\n", b"250 ok\r\n", b"354 go\r\n"):
+                writer.write(answer)
+                await reader.readline()
+            await released.wait()
+            writer.close()
+
+        released = asyncio.Event()
+        server = await asyncio.start_server(serve, HOST, 0)
+        port = server.sockets[0].getsockname()[1]
+        upstream = Upstream(UpstreamConfig(host=HOST, port=port, security="none", data_block_seconds=0.2))
+        dotted: list[bool] = []
+        with pytest.raises(UpstreamError, match="in time") as failure:
+            await send(upstream, (b"x" * 998 + b"\r\n") * 30_000, on_final_dot=lambda: dotted.append(True))
+        assert not failure.value.in_doubt
+        assert dotted == []
+        released.set()
+        await upstream.close()
+        server.close()
+
     async def test_2xx_to_data_is_never_success(self) -> None:
         async with Scripted({"DATA": "250 2.0.0 queued"}).running() as server:
             with pytest.raises(UpstreamError) as failure:
@@ -227,6 +249,17 @@ class TestPool:
             assert server.seen.count("MAIL FROM:<a@a.example>") == 2
             await upstream.close()
 
+    async def test_after_close_what_comes_back_is_closed_and_nothing_is_given_out(self) -> None:
+        async with Scripted().running() as server:
+            upstream = Upstream(server.config())
+            held = await upstream.acquire()
+            await upstream.close()
+            with pytest.raises(UpstreamError):
+                await upstream.acquire()
+            await upstream.release(held)
+            await until(lambda: "QUIT" in server.seen)
+            await until(lambda: not upstream._pool._farewells)
+
     async def test_old_ones_are_closed(self) -> None:
         async with Scripted().running() as server:
             upstream = Upstream(server.config())
@@ -316,6 +349,15 @@ class TestTransaction:
             assert [(each.code, each.text) for each in replies] == [(250, "one"), (452, "two"), (250, "three")]
             assert server.seen[0] == "LHLO malote.test.example"
             await upstream.close()
+
+    async def test_lmtp_over_a_unix_socket(self, tmp_path: Path) -> None:
+        scripted = Scripted()
+        path = tmp_path / "lmtp"
+        server = await asyncio.start_unix_server(scripted._serve, str(path))
+        upstream = Upstream(UpstreamConfig(socket=path, protocol="lmtp", security="none"))
+        assert [each.code for each in await send(upstream)] == [250]
+        await upstream.close()
+        server.close()
 
     async def test_lmtp_lost_between_replies_leaves_the_rest_in_doubt(self) -> None:
         async with Scripted({".": "250 2.0.0 one!"}).running() as server:
