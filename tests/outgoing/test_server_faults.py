@@ -151,6 +151,60 @@ class TestFault2Exceptions:
             assert (await client.ask("RCPT TO:<b@b.example>")).startswith("451")
             assert (await client.ask("NOOP")).startswith("250")
 
+    async def test_a_cancelled_task_of_the_desk_is_temporary(self) -> None:
+        """As when it waits for another session's work: this client did not vanish and must get a reply."""
+        desk = RecordingDesk()
+
+        async def broken(*_: Any) -> Reply:
+            other = asyncio.get_running_loop().create_future()
+            other.cancel()
+            await other
+            raise AssertionError
+
+        desk.on_data = broken
+        async with serving(desk) as server, connected(server) as client:
+            await client.begin()
+            assert (await client.ask(b"x\r\n.")).startswith("451 4.3.0")
+            assert (await client.ask("NOOP")).startswith("250")
+            assert desk.names[:4] == ["mail", "rcpt", "data", "reset"]
+
+    async def test_pipelined_recipients_keep_their_replies(self) -> None:
+        """One fails strangely: its own reply says so, the others have theirs."""
+        desk = RecordingDesk()
+
+        async def rcpt(_session: Any, address: str, _params: Any) -> Reply:
+            if address.startswith("1"):
+                other = asyncio.get_running_loop().create_future()
+                other.cancel()
+                await other
+            if address.startswith("2"):
+                raise ValueError
+            return Reply(250, "2.1.5", address)
+
+        desk.on_rcpt = rcpt
+        async with serving(desk) as server, connected(server) as client:
+            await client.ask("EHLO x")
+            recipients = b"".join(b"RCPT TO:<%d@b.example>\r\n" % number for number in range(4))
+            client.send(b"MAIL FROM:<a@a.example>\r\n" + recipients + b"DATA\r\n")
+            assert await client.codes(6) == [250, 250, 451, 451, 250, 354]
+            assert (await client.ask(b".")).startswith("250")
+
+    async def test_overdue_pipelined_recipients_end_the_connection(self) -> None:
+        desk = RecordingDesk()
+
+        async def hang(*_: Any) -> Reply:
+            await asyncio.Event().wait()
+            raise AssertionError
+
+        desk.on_rcpt = hang
+        async with serving(desk, handler_seconds=0.1) as server, connected(server) as client:
+            await client.ask("EHLO x")
+            client.send(b"MAIL FROM:<a@a.example>\r\nRCPT TO:<b@b.example>\r\nRCPT TO:<c@b.example>\r\nDATA\r\n")
+            assert await client.codes(2) == [250, 421]
+            assert await client.at_end()
+            await until(desk.closed.is_set)
+            assert desk.names == ["mail", "rcpt", "rcpt", "reset", "close"]
+
     async def test_an_overdue_desk_is_cancelled_and_answered_451(self) -> None:
         desk = RecordingDesk()
 

@@ -200,11 +200,13 @@ class Conversation(ClientWire):
         except ClientGone:
             raise
         except asyncio.CancelledError:
-            if not self._overdue or self.task is None:
+            if self.task is None or (self.task.cancelling() and not self._overdue):
                 raise
-            self._overdue = False
-            self.task.uncancel()
-            reply = OVERDUE
+            reply = INTERNAL    # not this task was cancelled but something that the desk waited for
+            if self._overdue:
+                self._overdue = False
+                self.task.uncancel()
+                reply = OVERDUE
         except MaloteError as error:
             reply = error.reply
         except Exception as error:  # noqa: BLE001 - the border: unknown is temporary and says nothing of the inside

@@ -11,7 +11,7 @@ from malote.errors import MaloteError, Reply, TooBusy
 from malote.outgoing.conversation import INTERNAL, Conversation
 from malote.outgoing.smtp_data import END, clean_lines, find_end, unstuff
 from malote.outgoing.smtp_path import PathRefused, check_mail_parameters, check_rcpt_parameters, parse_path
-from malote.outgoing.wire import MIN_DATA_RATE, ClientGone, Phase
+from malote.outgoing.wire import MIN_DATA_RATE, TIMED_OUT, ClientGone, Phase
 
 MAX_PIPELINED_RCPTS = 100   # given to the desk at once
 SLOW_START_BLOCKS = 4       # that many whole block timeouts are forgiven before the least rate counts
@@ -66,6 +66,8 @@ class MessageCommands(Conversation):
             for each in waiting:
                 each.cancel()
             await asyncio.gather(*waiting, return_exceptions=True)
+            if self._overdue:
+                self.hang_up(TIMED_OUT)     # replies are missing: one 451 would be taken for another recipient's
             raise
 
     async def _rcpt(self, argument: str) -> Reply:
@@ -88,6 +90,10 @@ class MessageCommands(Conversation):
             reply = await self._ask(self._desk.rcpt(self.client, address, parameters))
         except MaloteError as error:
             reply = error.reply
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is None or task.cancelling():
+                raise
         except Exception as error:  # noqa: BLE001 - the border
             self._log_fault(error)
         finally:
