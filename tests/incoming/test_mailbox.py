@@ -177,6 +177,18 @@ async def test_a_folder_made_anew_has_another_uidvalidity(dovecot: Dovecot, user
         assert (await box.select("Again")).uidvalidity != first.uidvalidity
 
 
+async def test_two_clients_that_make_one_folder_see_the_same(dovecot: Dovecot, user: str) -> None:
+    """Dovecot answers STATUS with UIDVALIDITY 0 meanwhile; taken as it is, the folder would seem to have gone backwards."""
+    async def make(box: Mailbox, name: str) -> int:
+        await box.create_folder(name)
+        return (await box.status(name)).uidvalidity
+
+    async with opened(dovecot.port, username=user) as one, opened(dovecot.port, username=user) as two:
+        for number in range(30):
+            first, second = await asyncio.gather(make(one, f"F{number}"), make(two, f"F{number}"))
+            assert first == second == (await one.select(f"F{number}")).uidvalidity
+
+
 async def test_a_message_comes_back_with_bytes_flags_and_date(dovecot: Dovecot, user: str) -> None:
     """What APPEND stores is what FETCH gives: 8-bit, long lines, no final line end, flags, keywords and date."""
     raw = b"Subject: \xc3\xa9\xff\r\n\r\n" + b"z" * 5000 + b"\r\n.\r\n)\r\n{5}\r\n* 1 FETCH\r\n\x01\x80 end"

@@ -5,6 +5,7 @@ A folder is always named on the wire exactly as the server spelled it in LIST, s
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import dataclass
 
 from malote.errors import MailboxError
@@ -12,6 +13,9 @@ from malote.incoming import imap_names, imap_parse
 from malote.incoming.imap_exchange import Exchange, Piece
 from malote.incoming.imap_parse import Atom, Listed
 from malote.incoming.imap_protocol import MailProtocol
+
+NEW_FOLDER_TRIES = 40
+NEW_FOLDER_SECONDS = 0.05
 
 # Where no folder carries the attribute: the names that servers and clients use for it, lower case.
 _USUAL_NAMES = {
@@ -158,7 +162,15 @@ class Folders:
         await self._protocol.execute(command)       # NO is fine: it only hides the folder in clients that list subscriptions
 
     async def status(self, folder: Folder) -> FolderStatus:
-        """See `Mailbox.status`."""
+        """See `Mailbox.status`. Dovecot says UIDVALIDITY 0 of a folder that another client is making in this moment."""
+        for _ in range(NEW_FOLDER_TRIES):
+            status = await self._status(folder)
+            if status.uidvalidity:
+                return status
+            await asyncio.sleep(NEW_FOLDER_SECONDS)
+        raise MailboxError(f"the folder {folder.name} has no UIDVALIDITY, it cannot be watched", code="NOUIDVALIDITY")
+
+    async def _status(self, folder: Folder) -> FolderStatus:
         command = Exchange("STATUS", self._protocol.new_tag(), (folder.argument(), b"(MESSAGES UIDNEXT UIDVALIDITY)"),
                            wants=frozenset({"STATUS"}), seconds=self._seconds)
         await self._protocol.execute(command)
