@@ -12,8 +12,8 @@ import pytest
 
 from lab.incoming import QUARANTINE, SEALED, Box, Client, note, verdicts
 from malote.incoming.account import Mark
-from malote.incoming.arbiter import CONTEST_MS, Copy, decide_after_lost_move, decide_contest
-from malote.incoming.mailbox import Mailbox
+from malote.incoming.arbiter import CONTEST_MS, Copy, Settle, decide_after_lost_move, decide_contest
+from malote.incoming.mailbox import Folder, Mailbox
 from malote.incoming.watcher import Watcher, now_ms
 
 SMALL, LARGE = "0" * 16, "f" * 16
@@ -106,7 +106,7 @@ async def test_two_copies_after_a_crash_are_settled(box: Box, monkeypatch: pytes
     await winner.run_once()
     monkeypatch.undo()
     assert verdicts(box.client.messages()) == ["FRESH"] * 2, "for the moment"
-    for _ in range(2):
+    for _ in range(3):
         await loser.run_once()
         await winner.run_once()
         late[0] += CONTEST_MS + 1000
@@ -115,17 +115,19 @@ async def test_two_copies_after_a_crash_are_settled(box: Box, monkeypatch: pytes
     assert box.client.uids(QUARANTINE) == []
 
 
-def test_after_a_lost_move() -> None:
-    """The table of the arbiter."""
+def test_the_arbiter() -> None:
+    """Who lost for certain goes at once; in doubt the greatest name goes first, and never two at the same time."""
+    inbox = Folder("INBOX", b"INBOX")
     ours, other = Mark("a" * 32, SMALL), Mark("a" * 32, LARGE)
-    both, own = [Copy(ours, 1), Copy(other, 2)], [Copy(ours, 1)]
+    both, own = [Copy(ours, inbox, 1), Copy(other, inbox, 2)], [Copy(ours, inbox, 1)]
     assert not decide_after_lost_move(ours, both, original_is_sealed=True, late=False)
     assert decide_after_lost_move(ours, both, original_is_sealed=False, late=False), "a person moved it"
     assert decide_after_lost_move(ours, own, original_is_sealed=True, late=False), "no other copy: ours is the only one"
     assert decide_after_lost_move(ours, both, original_is_sealed=True, late=True), "a contest decides"
-    assert decide_contest(ours, both)
-    assert not decide_contest(other, both)
-    assert decide_contest(other, [Copy(other, 2)])
+    assert decide_contest(other, both, last=False) is Settle.YIELD
+    assert decide_contest(ours, both, last=False) is Settle.WAIT
+    assert decide_contest(ours, both, last=True) is Settle.YIELD, "the other one is the winner, it did not yield"
+    assert decide_contest(ours, own, last=True) is Settle.KEEP
 
 
 class Person:
@@ -173,9 +175,9 @@ async def test_two_watchers_and_a_person(box: Box, seed: int) -> None:
         for _ in range(2):
             await asyncio.to_thread(person.act)
             await asyncio.sleep(person.random.random() / 20)
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 40
     quiet = 0
-    while quiet < 8 and time.monotonic() < deadline:
+    while quiet < 16 and time.monotonic() < deadline:
         await asyncio.sleep(0.5)
         quiet = quiet + 1 if not any(message["Malote"] for message in box.client.messages()) else 0
     for watcher in watchers:

@@ -1,27 +1,28 @@
 """Two watchers of one mailbox: whose opened copy stays.
 
-The MOVE of the original decides (design, Incoming): whoever receives its COPYUID won and keeps its copy for good. Whoever
-finds the original gone looks for it in the sealed folder. If it lies there and another watcher's copy of the same message is
-to be seen, that watcher won and our copy goes. If the original is elsewhere, a person moved or deleted it, and our copy stays.
+The MOVE of the original decides (design, Incoming): whoever receives its COPYUID won and never takes its copy back. Whoever
+finds the original gone looks for it in the sealed folder. If it lies there and another watcher's copy of the same message is to
+be seen, that watcher won and our copy goes. If the original is elsewhere, a person moved or deleted it, and our copy stays.
 
-What COPYUID cannot decide is a crash between MOVE and the note in the store, and a person who moves the original away from two
-watchers at once: then two marked copies stay behind. A *contest* settles it after a time in which every loser that knows it
-lost has gone: the device with the greater name removes its copy, if the other one is still there at that moment.
+What that cannot decide at once is a *contest*: after a crash between MOVE and the note in the store; when a person takes the
+original from under two watchers, or files the winner's copy while the loser looks for it. It is settled later, when every loser
+that knows it has gone: the device with the greatest name yields first, any other one a while after it if there still are two.
+So two devices never yield to each other, and the one that won is not asked.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Collection
 from dataclasses import dataclass
+from enum import Enum
 
 from malote.incoming.account import Mark
+from malote.incoming.mailbox import Folder
 
-# A loser removes its copy within one round trip of its MOVE. After this time it no longer does so by itself, and whatever two
-# copies are left are nobody's winner that is still at work.
+# A loser takes its copy back within one round trip of its MOVE. If it does not come to it within half of this time, it no
+# longer does so at once, and a contest decides.
 CONTEST_MS = 30_000
 MAX_CONTESTS = 10_000       # a hostile server can show as many marked copies as it likes
-MAX_DELIVERED = 10_000      # of what was delivered lately: about 100 bytes each
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,51 +30,56 @@ class Copy:
     """One opened copy in a folder."""
 
     mark: Mark
+    folder: Folder
     uid: int
 
 
-def decide_after_lost_move(ours: Mark, copies: Iterable[Copy], *, original_is_sealed: bool, late: bool) -> bool:
-    """Whether our copy stays after a MOVE that found the original gone.
+class Settle(Enum):
+    KEEP = "keep"
+    YIELD = "yield"
+    WAIT = "wait"       # for a device with a greater name to yield
 
-    `copies`: all marked copies of this message where opened mail goes. `late`: the answer to the MOVE is older than half of
-    `CONTEST_MS`; then nothing is removed here, a contest decides.
+
+def decide_after_lost_move(ours: Mark, copies: Collection[Copy], *, original_is_sealed: bool, late: bool) -> bool:
+    """Whether our copy stays for now, after a MOVE that found the original gone; a contest follows then.
+
+    `copies`: all marked copies of this message. `late`: it took long to come here since the MOVE.
     """
-    others = any(copy.mark.device != ours.device for copy in copies)
-    return late or not (original_is_sealed and others)
+    return late or not (original_is_sealed and _others(ours, copies))
 
 
-def decide_contest(ours: Mark, copies: Iterable[Copy]) -> bool:
-    """Whether our copy stays: it does unless a device with a smaller name has one."""
-    return not any(copy.mark.device < ours.device for copy in copies)
+def decide_contest(ours: Mark, copies: Collection[Copy], *, last: bool) -> Settle:
+    """What becomes of our copy. `last`: the time in which devices with greater names yield is over."""
+    others = _others(ours, copies)
+    if not others:
+        return Settle.KEEP
+    return Settle.YIELD if last or all(device < ours.device for device in others) else Settle.WAIT
+
+
+def _others(ours: Mark, copies: Collection[Copy]) -> set[str]:
+    return {copy.mark.device for copy in copies if copy.mark.device != ours.device}
 
 
 class Contests:
     """Messages of which two devices may have left a copy, each with the time at which it is settled."""
 
     def __init__(self) -> None:
-        self._due: dict[str, int] = {}      # first half of the mark -> ms
-        self._delivered: OrderedDict[str, None] = OrderedDict()     # first halves of marks of copies that we have made lately
-
-    def note_delivered(self, message: str) -> None:
-        self._delivered[message] = None
-        if len(self._delivered) > MAX_DELIVERED:
-            self._delivered.popitem(last=False)
-
-    def note_other(self, message: str, now_ms: int) -> None:
-        """Another device's copy was seen: contested if we have made one too."""
-        if message in self._delivered:
-            self.open(message, now_ms)
+        self._due: dict[str, tuple[int, bool]] = {}     # first half of the mark -> (ms, whether it is the last time)
 
     def open(self, message: str, now_ms: int) -> None:
         if message not in self._due and len(self._due) < MAX_CONTESTS:
-            self._due[message] = now_ms + CONTEST_MS
+            self._due[message] = (now_ms + CONTEST_MS, False)
 
-    def due(self, now_ms: int) -> list[str]:
-        return [message for message, at_ms in self._due.items() if at_ms <= now_ms]
+    def wait(self, message: str, now_ms: int) -> None:
+        self._due[message] = (now_ms + CONTEST_MS, True)
 
     def close(self, message: str) -> None:
         self._due.pop(message, None)
 
+    def due(self, now_ms: int) -> list[tuple[str, bool]]:
+        """(message, whether it is the last time)"""
+        return [(message, last) for message, (at_ms, last) in self._due.items() if at_ms <= now_ms]
+
     def next_ms(self) -> int | None:
         """When the next one is due; None: there is none."""
-        return min(self._due.values(), default=None)
+        return min((at_ms for at_ms, _ in self._due.values()), default=None)

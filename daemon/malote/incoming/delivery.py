@@ -17,7 +17,7 @@ from malote.core.message import header_fields
 from malote.errors import FormatError, MailboxError
 from malote.incoming.account import Mark, mark_of
 from malote.incoming.arbiter import Copy
-from malote.incoming.mailbox import Fetched, Folder
+from malote.incoming.mailbox import Folder
 from malote.incoming.session import Session
 
 _BARE_CR = re.compile(rb"\r(?!\n)")
@@ -62,10 +62,14 @@ class Delivery(Protocol):
     async def deliver(self, session: Session, source: Folder, parcels: Sequence[Parcel]) -> None: ...
 
     async def copies(self, session: Session, source: Folder, message: str) -> list[Copy]:
-        """The marked copies of one message, by whatever device."""
+        """The marked copies of one message where opened mail goes, by whatever device."""
         ...
 
-    async def withdraw(self, session: Session, source: Folder, uid: int) -> None:
+    async def copies_anywhere(self, session: Session, message: str) -> list[Copy]:
+        """Also those that a person has filed in another folder."""
+        ...
+
+    async def withdraw(self, session: Session, copy: Copy) -> None:
         """Take a copy of ours back."""
         ...
 
@@ -132,16 +136,29 @@ class ImapDelivery:
             await self._verify(session, target, [parcel for parcel in new if parcel.failure is None])
 
     async def copies(self, session: Session, source: Folder, message: str) -> list[Copy]:
-        await session.enter(self._target or source)
-        found = await session.box.search(f'HEADER Malote-Mark "{message}"')
-        peeked = await session.box.peek_headers(found, ("Malote-Mark",)) if found else []
-        marks = ((mark_of(peek.header), peek.uid) for peek in peeked)
-        return [Copy(mark, uid) for mark, uid in marks if mark is not None and mark.message == message]
+        return await self._copies_in(session, self._target or source, message)
 
-    async def withdraw(self, session: Session, source: Folder, uid: int) -> None:
-        await session.enter(self._target or source)
+    async def copies_anywhere(self, session: Session, message: str) -> list[Copy]:
+        found: list[Copy] = []
+        for folder in await session.box.list_folders():
+            try:
+                found += await self._copies_in(session, folder, message) if folder.selectable else []
+            except MailboxError as error:
+                if session.box.lost.is_set() or error.code not in _NOT_READABLE:
+                    raise       # a folder that we may not read holds nothing of ours; anything else is a fault
+        return found
+
+    async def _copies_in(self, session: Session, folder: Folder, message: str) -> list[Copy]:
+        await session.enter(folder)
+        uids = await session.box.search(f'HEADER Malote-Mark "{message}"')
+        peeked = await session.box.peek_headers(uids, ("Malote-Mark",)) if uids else []
+        marks = ((mark_of(peek.header), peek.uid) for peek in peeked)
+        return [Copy(mark, folder, uid) for mark, uid in marks if mark is not None and mark.message == message]
+
+    async def withdraw(self, session: Session, copy: Copy) -> None:
+        await session.enter(copy.folder)
         try:
-            await session.box.expunge([uid])
+            await session.box.expunge([copy.uid])
         except MailboxError as error:
             if error.code != "NOUIDPLUS":       # then it stays, marked deleted
                 raise
@@ -168,21 +185,12 @@ class ImapDelivery:
 
     async def _is_elsewhere(self, session: Session, parcel: Parcel) -> bool:
         """Whether a person's own client has filed our copy in another folder already."""
-        for folder in await session.box.list_folders():
-            if not folder.selectable:
-                continue
-            try:
-                await session.enter(folder)
-                uids = await session.box.search(f'HEADER Malote-Mark "{parcel.mark}"')
-                copies: list[Fetched] = await session.fetch_all(uids)
-            except MailboxError as error:
-                if session.box.lost.is_set():
-                    raise
-                if error.code not in _NOT_READABLE:
-                    raise
-                continue        # a folder that we may not read holds nothing of ours
-            if any(same_content(stored.raw, parcel.raw) for stored in copies):
-                return True
+        for copy in await self.copies_anywhere(session, parcel.mark.message):
+            if copy.mark == parcel.mark:
+                await session.enter(copy.folder)
+                stored = await session.box.fetch(copy.uid)
+                if stored is not None and same_content(stored.raw, parcel.raw):
+                    return True
         return False
 
     async def _append(self, session: Session, target: Folder, parcels: Sequence[Parcel]) -> None:
@@ -204,7 +212,7 @@ class ImapDelivery:
             if content is not None and same_message(content, parcel.raw):
                 continue
             if content is not None and parcel.copy:
-                await self.withdraw(session, target, parcel.copy)
+                await self.withdraw(session, Copy(parcel.mark, target, parcel.copy))
                 parcel.copy, parcel.failure = None, ALTERED
             elif await self._is_elsewhere(session, parcel):
                 parcel.copy = 0

@@ -29,7 +29,10 @@ class MaildirDelivery:
     async def copies(self, session: Session, source: Folder, message: str) -> list[Copy]:
         return []       # another device's Maildir is not to be seen from here, and its copy there is no double
 
-    async def withdraw(self, session: Session, source: Folder, uid: int) -> None:
+    async def copies_anywhere(self, session: Session, message: str) -> list[Copy]:
+        return []
+
+    async def withdraw(self, session: Session, copy: Copy) -> None:
         raise MailboxError("a message delivered into a Maildir is not taken back")
 
     async def reflag(self, session: Session, source: Folder, parcel: Parcel, flags: Sequence[str]) -> None:

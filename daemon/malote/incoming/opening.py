@@ -74,11 +74,13 @@ class Opener:
         letters = [Letter(message, time.monotonic()) for message in fetched]
         for letter in letters:
             await _off_loop(len(letter.fetched.raw), self._examine, letter)
+            await asyncio.sleep(0)      # other work on this loop goes on
         sealed = [letter for letter in letters if letter.kind is Kind.SEALED]
         cards = await find_cards(self._store, {letter.unsealed.sender for letter in sealed if letter.unsealed is not None})
         cards |= self._keys.cards       # mail to oneself
         for letter in sealed:
             await _off_loop(len(letter.fetched.raw), _prove, letter, cards)
+            await asyncio.sleep(0)
         return letters
 
     def _examine(self, letter: Letter) -> None:

@@ -18,10 +18,11 @@ from malote.core import status
 from malote.core.freshness import Arrival, FreshnessLimits, sentence
 from malote.core.message import header_fields
 from malote.errors import FormatError, MailboxError
-from malote.incoming.account import AccountKeys
-from malote.incoming.arbiter import CONTEST_MS, Contests, decide_after_lost_move, decide_contest
+from malote.incoming.account import AccountKeys, Mark
+from malote.incoming.arbiter import CONTEST_MS, Contests, Copy, Settle, decide_after_lost_move, decide_contest
 from malote.incoming.delivery import Delivery, Failure, Parcel, carriable, wrapped
 from malote.incoming.foreign import ForeignFolders
+from malote.incoming.imap_protocol import MAX_LITERAL
 from malote.incoming.mailbox import Fetched, Folder
 from malote.incoming.opening import Kind, Letter, Opener
 from malote.incoming.outcomes import Outcomes
@@ -50,6 +51,14 @@ class Place:
     last_sync_ms: int | None        # our previous complete look at the folder; None: there was none, or it waited since then
     keywords: bool                  # whether the folder keeps keywords
     waiting: Mapping[int, Attempt] = field(default_factory=dict)    # messages tried before: UID -> when, and why they failed
+
+
+@dataclass(frozen=True, slots=True)
+class Gathered:
+    """A batch of messages, opened; and what the server did not give, with its code. All others are gone."""
+
+    letters: list[Letter]
+    refused: dict[int, str]
 
 
 @dataclass(slots=True)
@@ -89,15 +98,13 @@ class Receiver:
         self._clock = clock
         self._own_copies = own_copies
 
-    async def receive(self, session: Session, place: Place, uids: Sequence[int]) -> list[int]:
+    async def receive(self, session: Session, place: Place, gathered: Gathered) -> list[int]:
         """Deal with these messages. Returns those that must come in a later batch: repeats of one in this batch.
 
         Raises `MailboxLost`, `MailboxError`, `StoreUnavailable`: then nothing is lost, and the batch is to be tried again.
         """
         await self.catch_up(session)
-        await session.enter(place.folder)
-        fetched, refused = await self._fetch(session, uids)
-        letters = await self._opener.open(fetched)
+        letters = gathered.letters
         batch, postponed = first_of_each(letter for letter in letters if letter.kind is Kind.OPENED)
         others = self._others(letters)
         judged = await self._judge(place, batch)
@@ -105,7 +112,7 @@ class Receiver:
         await self._quarantine(session, place, [item for item in judged if item.stored.judgement.quarantine],
                                [letter for letter in letters if letter.kind is Kind.FORGED])
         await self._set_aside(session, place, [letter for letter in letters if letter.kind is Kind.UNREADABLE])
-        for uid, code in refused:
+        for uid, code in gathered.refused.items():
             await self._try_later(place, uid, code)
         return postponed
 
@@ -117,32 +124,34 @@ class Receiver:
 
     # --- gather ---
 
-    async def _fetch(self, session: Session, uids: Sequence[int]) -> tuple[list[Fetched], list[tuple[int, str]]]:
-        """The messages; and those that the server refuses to give, with its code: one damaged file must not stop the rest."""
+    async def gather(self, session: Session, uids: Sequence[int], sizes: dict[int, int]) -> Gathered:
+        """Fetch from the folder that is selected, and open. Nothing is written down yet, so this may run ahead of `receive`.
+
+        One damaged file on the server must not stop the rest: then each is asked for alone.
+        """
+        refused = {uid: "TOOBIG" for uid in uids if sizes.get(uid, 0) > MAX_LITERAL}
         try:
-            return await session.fetch_all(uids), []
+            return Gathered(await self._opener.open(await session.fetch_all(uids, sizes)), refused)
         except MailboxError:
             if session.box.lost.is_set():
                 raise
         fetched: list[Fetched] = []
-        refused: list[tuple[int, str]] = []
         for uid in uids:
             try:
-                fetched += await session.fetch_all([uid])
+                fetched += await session.fetch_all([uid], sizes)
             except MailboxError as error:
                 if session.box.lost.is_set():
                     raise
-                refused.append((uid, error.code))
-        return fetched, refused
+                refused[uid] = error.code
+        return Gathered(await self._opener.open(fetched), refused)
 
     def _others(self, letters: Sequence[Letter]) -> dict[str, int]:
-        """Copies that other devices have put into this folder: message -> UID. Two copies of one message are contested."""
+        """Copies that other devices have put into this folder: message -> UID."""
         others: dict[str, int] = {}
         for letter in letters:
             mark = letter.mark
             if letter.kind is Kind.OURS and mark is not None and mark.device != self._device:
                 others[mark.message] = letter.uid
-                self._contests.note_other(mark.message, self._clock())
         return others
 
     # --- decide ---
@@ -216,9 +225,6 @@ class Receiver:
         if self._folders.target is None and self._account.deliver == "replace":
             own = self._own_copies.setdefault((place.folder.wire, place.uidvalidity), set())
             own.update(item.parcel.copy for item in delivered if item.parcel is not None and item.parcel.copy)
-        for item in delivered:
-            if item.parcel is not None and item.parcel.own:
-                self._contests.note_delivered(item.parcel.mark.message)
 
     async def _follow_flags(self, session: Session, place: Place, delivered: Sequence[Judged]) -> None:
         """A person may have read or flagged the original since it was fetched; after the MOVE nobody sees its flags."""
@@ -257,14 +263,22 @@ class Receiver:
                   if letter.unsealed is not None}
         for item in lost:
             parcel, unsealed = item.parcel, item.letter.unsealed
-            if parcel is None or unsealed is None or not parcel.copy or not parcel.own:
+            if parcel is None or unsealed is None or not parcel.own:
                 continue
+            is_sealed = unsealed.payload_digest in sealed
             copies = await self._delivery.copies(session, place.folder, parcel.mark.message)
+            if is_sealed and len({copy.mark.device for copy in copies}) < 2:    # a person may have filed one of the two
+                copies = await self._delivery.copies_anywhere(session, parcel.mark.message)
             late = self._clock() - asked_ms > CONTEST_MS // 2
-            if decide_after_lost_move(parcel.mark, copies, original_is_sealed=unsealed.payload_digest in sealed, late=late):
+            if decide_after_lost_move(parcel.mark, copies, original_is_sealed=is_sealed, late=late):
                 self._contests.open(parcel.mark.message, self._clock())
             else:
-                await self._delivery.withdraw(session, place.folder, parcel.copy)
+                await self._withdraw(session, copies)
+
+    async def _withdraw(self, session: Session, copies: Iterable[Copy]) -> None:
+        for copy in copies:
+            if copy.mark.device == self._device:
+                await self._delivery.withdraw(session, copy)
 
     async def _finish(self, place: Place, done: Sequence[Judged], outcome: str) -> None:
         await asyncio.gather(*(self._store.mark_delivered(item.stored.row_id) for item in done if item.stored.row_id is not None))
@@ -325,15 +339,17 @@ class Receiver:
 
     # --- contests ---
 
-    async def settle_contests(self, session: Session, source: Folder) -> None:
-        """Where two devices have each left a copy and nobody knows who won, one of them takes its own back."""
-        for message in self._contests.due(self._clock()):
-            copies = await self._delivery.copies(session, source, message)
-            ours = [copy for copy in copies if copy.mark.device == self._device]
-            if ours and not decide_contest(ours[0].mark, copies):
-                for copy in ours:
-                    await self._delivery.withdraw(session, source, copy.uid)
-            self._contests.close(message)
+    async def settle_contests(self, session: Session) -> None:
+        """Where two devices may each have left a copy and nobody knows who won, one of them takes its own back."""
+        for message, last in self._contests.due(self._clock()):
+            copies = await self._delivery.copies_anywhere(session, message)
+            decision = decide_contest(Mark(message, self._device), copies, last=last)
+            if decision is Settle.YIELD and any(copy.mark.device == self._device for copy in copies):
+                await self._withdraw(session, copies)
+            if decision is Settle.WAIT:
+                self._contests.wait(message, self._clock())
+            else:
+                self._contests.close(message)
 
 
 def unreadable_reason(keys: AccountKeys) -> str:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from malote.config import AccountConfig
 from malote.incoming.mailbox import Fetched, Folder, Mailbox, Selected
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,17 +29,25 @@ class Session:
 
     def __init__(self, box: Mailbox) -> None:
         self.box = box
+        self._ahead: asyncio.Task[object] | None = None
 
     async def enter(self, folder: Folder, *, fresh: bool = False) -> Selected:
         """Select `folder` unless it is. `fresh`: again in any case, for its present UIDNEXT and number of messages."""
         selected = self.box.selected
         if fresh or selected is None or selected.folder.wire != folder.wire:
+            if self._ahead is not None:     # it reads by UID from the folder that is open now
+                await asyncio.wait([self._ahead])
             selected = await self.box.select(folder)
         return selected
 
-    async def fetch_all(self, uids: Sequence[int]) -> list[Fetched]:
-        """Those messages of the selected folder that are still there."""
-        return [fetched async for fetched in self.box.fetch_many(uids)] if uids else []
+    def ahead(self, task: asyncio.Task[T]) -> asyncio.Task[T]:
+        """From now until `task` is done no other folder is selected: it reads from this one while other work goes on."""
+        self._ahead = task
+        return task
+
+    async def fetch_all(self, uids: Sequence[int], sizes: dict[int, int] | None = None) -> list[Fetched]:
+        """Those messages of the selected folder that are still there. `sizes` as known saves a question."""
+        return [fetched async for fetched in self.box.fetch_many(uids, sizes=sizes)] if uids else []
 
     async def fetch_new(self, folder: Folder, uids: Sequence[int]) -> list[Fetched]:
         """Messages that were just stored in `folder`: a server need not show those before the folder is selected again."""

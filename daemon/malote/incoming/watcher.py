@@ -12,9 +12,11 @@ import random
 import ssl
 import time
 import traceback
+from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
+from itertools import islice
 from pathlib import Path
 
 import structlog
@@ -30,12 +32,13 @@ from malote.incoming.mailbox import Folder, Mailbox, Selected
 from malote.incoming.maildir import MaildirDelivery
 from malote.incoming.opening import Opener
 from malote.incoming.outcomes import Outcomes
-from malote.incoming.receiver import NEVER_MS, OwnCopies, Place, Receiver, unreadable_reason
+from malote.incoming.receiver import NEVER_MS, Gathered, OwnCopies, Place, Receiver, unreadable_reason
 from malote.incoming.scan import find_candidates
 from malote.incoming.session import Folders, Session
 from malote.store import Attempt, FolderState, Store
 
 BATCH_MESSAGES = 100            # that share round trips and commits
+BATCH_BYTES = 16 * 1024 * 1024  # of sealed messages; two batches are in memory, each a few times this with what is made of it
 RECONNECT_FIRST_SECONDS = 1.0   # doubled each time, with jitter, so that many watchers do not come back at once
 RECONNECT_MOST_SECONDS = 300.0
 SETTLED_SECONDS = 60.0          # a connection that lasted as long as this was no failure: the next wait is short again
@@ -80,6 +83,7 @@ class Watcher:
         self._contests = Contests()
         self._own_copies: OwnCopies = {}
         self._stopping = asyncio.Event()
+        self._hurry = asyncio.Event()   # ends a wait before the next connection
         self._retention_ms = 0
         self._wake: Callable[[], None] = _nothing
 
@@ -113,10 +117,12 @@ class Watcher:
     def stop(self) -> None:
         """Finish the batch under way, then end `run`."""
         self._stopping.set()
+        self._hurry.set()
         self._wake()
 
     def look_now(self) -> None:
-        """Do not wait for news: keys or cards have changed."""
+        """Do not wait, for news or to connect again: keys or cards have changed."""
+        self._hurry.set()
         self._wake()
 
     async def run_once(self) -> None:
@@ -179,7 +185,7 @@ class Watcher:
         for folder in folders.watched:
             if not self._stopping.is_set():
                 await self._look_at(session, folder, receiver, keys)
-        await receiver.settle_contests(session, folders.watched[0])
+        await receiver.settle_contests(session)
         await receiver.catch_up(session)    # what we have moved ourselves is remembered: it must still be there next time
 
     async def _look_at(self, session: Session, folder: Folder, receiver: Receiver, keys: AccountKeys) -> None:
@@ -206,16 +212,39 @@ class Watcher:
 
     async def _receive_all(self, session: Session, place: Place, uids: Sequence[int], receiver: Receiver,
                            state: FolderState | None) -> None:
-        """In batches. With `state`, how far we came is remembered after each, so that a long catch-up can be broken off."""
+        """In batches, the next one being fetched and opened while one is delivered. With `state`, how far we came is
+        remembered after each, so that a long catch-up can be broken off."""
         progress = Progress(self.account.name, place.folder.name, len(uids))
-        todo = list(uids)
-        while todo and not self._stopping.is_set():
-            batch, todo = todo[:BATCH_MESSAGES], todo[BATCH_MESSAGES:]
-            todo = await receiver.receive(session, place, batch) + todo
-            progress.report(len(uids) - len(todo))
-            if state is not None and todo:
-                reached = FolderState(state.uidvalidity, max(state.last_uid, min(todo) - 1), state.last_sync_ms)
-                await self._store.set_folder_state(self.account.name, place.folder.name, reached)
+        todo = deque(uids)
+        ahead = await self._gather_ahead(session, place, todo, receiver)
+        try:
+            while ahead is not None and not self._stopping.is_set():
+                batch, gathered = ahead[0], await ahead[1]
+                ahead = None if self._stopping.is_set() else await self._gather_ahead(session, place, todo, receiver)
+                todo.extend(await receiver.receive(session, place, gathered))
+                left = [*todo, *(ahead[0] if ahead is not None else ())]
+                progress.report(len(uids) - len(left))
+                if state is not None and left and batch:
+                    reached = FolderState(state.uidvalidity, max(state.last_uid, min(left) - 1), state.last_sync_ms)
+                    await self._store.set_folder_state(self.account.name, place.folder.name, reached)
+                if ahead is None and not self._stopping.is_set():
+                    ahead = await self._gather_ahead(session, place, todo, receiver)
+        finally:
+            if ahead is not None:
+                ahead[1].cancel()
+
+    async def _gather_ahead(self, session: Session, place: Place, todo: deque[int],
+                            receiver: Receiver) -> tuple[list[int], asyncio.Task[Gathered]] | None:
+        """Take the next batch from `todo` and begin to fetch and open it. None: there is nothing left."""
+        if not todo:
+            return None
+        await session.enter(place.folder)
+        sizes = await session.box.sizes(list(islice(todo, BATCH_MESSAGES)))
+        batch = [todo.popleft()]
+        total = sizes.get(batch[0], 0)
+        while todo and len(batch) < BATCH_MESSAGES and (total := total + sizes.get(todo[0], 0)) <= BATCH_BYTES:
+            batch.append(todo.popleft())
+        return batch, session.ahead(asyncio.create_task(receiver.gather(session, batch, sizes)))
 
     async def _waiting(self, folder: Folder, selected: Selected) -> dict[int, Attempt]:
         """Messages that were tried before, as far as their numbers still mean something."""
@@ -255,7 +284,9 @@ class Watcher:
     async def _sleep(self, seconds: float) -> None:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
-                await self._stopping.wait()
+                await self._hurry.wait()
+        if not self._stopping.is_set():
+            self._hurry.clear()
 
     # --- keeping the sealed originals no longer than wanted ---
 
