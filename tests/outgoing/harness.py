@@ -13,13 +13,14 @@ import signal
 import smtplib
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Self
 
+from lab.servers import free_port
 from malote.config import LimitsConfig, ListenerConfig, OutgoingConfig, RuleConfig, UpstreamConfig
 from malote.core.freshness import Arrival, FreshnessLimits
 from malote.core.identity import Identity, new_identity, parse_identity, serialize_identity
@@ -28,6 +29,7 @@ from malote.core.open import Opened, authenticate, unseal
 from malote.core.parts import find_parts
 from malote.outgoing.budget import MemoryBudget
 from malote.outgoing.listener import Connections, Listener, server_settings
+from malote.outgoing.memory import return_large_blocks
 from malote.outgoing.relay import Credentials
 from malote.outgoing.relay import Upstream as Relay
 from malote.outgoing.sender import Sender
@@ -37,6 +39,7 @@ from malote.store import Store
 from malote.store.records import Level, SendIntent, SendPlan
 
 HOST = "127.0.0.1"
+ROOT = Path(__file__).resolve().parents[2]
 NOW_MS = time.time_ns() // 1_000_000
 OPEN = ListenerConfig(host=HOST, auth="none")
 DEFAULT_LIMITS = LimitsConfig()
@@ -367,20 +370,45 @@ REQUIRE = (RuleConfig(seal="require"),)
 
 
 def settings_for_process(path: Path, *, directory: Path, upstream_port: int, port: int, identities: Sequence[Identity],
-                         cards: Sequence[Identity], config: Mapping[str, Any] | None = None, die: str = "") -> None:
+                         cards: Sequence[Identity], limits: Mapping[str, Any] | None = None, die: str = "") -> None:
     path.write_text(json.dumps({
-        "directory": str(directory), "upstream_port": upstream_port, "port": port, "config": dict(config or {}), "die": die,
+        "directory": str(directory), "upstream_port": upstream_port, "port": port, "die": die, "limits": dict(limits or {}),
         "identities": [serialize_identity(each).decode() for each in identities],
         "cards": [serialize_identity(each).decode() for each in cards],
     }))
+
+
+@asynccontextmanager
+async def gateway_process(directory: Path, upstream_port: int, *, identities: Sequence[Identity], cards: Sequence[Identity],
+                          limits: Mapping[str, Any] | None = None, die: str = "",
+                          ) -> AsyncIterator[tuple[asyncio.subprocess.Process, int]]:
+    """A gateway in a process of its own, on the store below `directory`, and its port. Killed at the end."""
+    port = free_port()
+    settings = directory / "settings.json"
+    settings_for_process(settings, directory=directory / "store", upstream_port=upstream_port, port=port, identities=identities,
+                         cards=cards, limits=limits, die=die)
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}/daemon:{ROOT}/tests"}
+    child = await asyncio.create_subprocess_exec(sys.executable, "-m", "outgoing.harness", str(settings), env=environment,
+                                                 stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL)
+    try:
+        assert child.stdout is not None
+        assert await child.stdout.readline() == b"ready\n"
+        yield child, port
+    finally:
+        if child.returncode is None:
+            child.send_signal(signal.SIGKILL)
+        await child.wait()
 
 
 async def _run(settings: Mapping[str, Any]) -> None:
     identities = [parse_identity(each.encode()) for each in settings["identities"]]
     cards = [parse_identity(each.encode()) for each in settings["cards"]]
     _arrange_death(settings["die"])
-    async with Gateway(Path(settings["directory"]), upstream_config(settings["upstream_port"]), config=settings["config"],
-                       identities={each.address: each for each in identities}, cards=cards, port=settings["port"]):
+    return_large_blocks()
+    gateway = Gateway(
+        Path(settings["directory"]), upstream_config(settings["upstream_port"]), limits=LimitsConfig(**settings["limits"]),
+        identities={each.address: each for each in identities}, cards=cards, port=settings["port"])
+    async with gateway:
         print("ready", flush=True)
         await asyncio.Event().wait()
 

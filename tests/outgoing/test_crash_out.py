@@ -4,42 +4,22 @@ FRESH, and whatever comes again is DUPLICATE. Also: the upstream connection and 
 from __future__ import annotations
 
 import asyncio
-import os
 import signal
-import sys
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from lab.servers import free_port
 from malote.store import Store
-from outgoing.harness import Answer, Upstream, person, settings_for_process, submit, text, verdict
+from outgoing.harness import Answer, Upstream, gateway_process, person, submit, text, verdict
 
 ALICE, BOB, DAVE = (person(f"{name}@test.example") for name in ("alice", "bob", "dave"))
-ROOT = Path(__file__).resolve().parents[2]
 
 
-@asynccontextmanager
-async def process(directory: Path, upstream: Upstream, *, die: str = "") -> AsyncIterator[tuple[asyncio.subprocess.Process, int]]:
-    """A gateway in a process of its own, on the store of `directory`."""
-    port = free_port()
-    settings = directory / "settings.json"
-    settings_for_process(settings, directory=directory / "store", upstream_port=upstream.port, port=port, identities=[ALICE],
-                         cards=[BOB, DAVE], die=die)
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}/daemon:{ROOT}/tests"}
-    child = await asyncio.create_subprocess_exec(sys.executable, "-m", "outgoing.harness", str(settings), env=environment,
-                                                 stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL)
-    try:
-        assert child.stdout is not None
-        assert await child.stdout.readline() == b"ready\n"
-        yield child, port
-    finally:
-        if child.returncode is None:
-            child.send_signal(signal.SIGKILL)
-        await child.wait()
+def process(directory: Path, upstream: Upstream, *, die: str = "") -> AbstractAsyncContextManager[
+        tuple[asyncio.subprocess.Process, int]]:
+    return gateway_process(directory, upstream.port, identities=[ALICE], cards=[BOB, DAVE], die=die)
 
 
 def submit_or_lose(port: int, recipients: list[str], content: bytes) -> int:
