@@ -19,11 +19,13 @@ from malote.cli.settings import Settings
 from malote.errors import ExitCode, MaloteError
 
 COMMANDS = {
+    "check": "malote.cli.check:check",
     "completion": "malote.cli.completion:completion",
     "init": "malote.cli.init:init",
     "inspect": "malote.cli.inspect:inspect",
     "keys": "malote.cli.keys:keys",
     "log": "malote.cli.log:log",
+    "open": "malote.cli.open:open_",
     "run": "malote.cli.run:run",
     "seal": "malote.cli.seal:seal",
 }

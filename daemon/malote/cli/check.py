@@ -1,0 +1,110 @@
+"""`malote check`: tries everything that the daemon will need, and says of each thing that fails how to mend it."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import click
+
+from malote.cli.findings import Finding, Findings, State, fault, ok
+from malote.cli.probes import clock_probe, crypto_probe, keys_probe, listener_probe, store_probe
+from malote.cli.server_probes import account_probe, upstream_probe
+from malote.cli.settings import Settings
+from malote.config import Config, config_faults
+from malote.errors import ConfigError, ExitCode, MaloteError
+from malote.store import Store
+
+Say = Callable[[Finding], None]
+COLOURS = {State.OK: "green", State.WARNING: "yellow", State.FAULT: "red"}
+
+
+@click.command()
+@click.option("--json", "as_json", is_flag=True, help="One JSON object a line, for scripts.")
+@click.pass_obj
+def check(settings: Settings, as_json: bool) -> int:
+    """Try everything that the daemon needs, and say how to mend what fails.
+
+    First the configuration, every fault at once; then post-quantum support, store, keys, secrets, listeners, the server for
+    sending, each watched mailbox, and the clock. Everything is tried, whatever failed before; nothing is sent and no mail is
+    changed. Exit code 0, 2 if the configuration itself is wrong, or 7.
+    """
+    say = _say_json if as_json else _say
+    config, faults = _configuration(settings)
+    for found in faults:
+        say(found)
+    if config is None or faults:
+        return int(ExitCode.CONFIG)
+    say(ok("configuration", str(settings.config_path)))
+    bad = asyncio.run(_check_all(config, settings.store_path, say))
+    return int(ExitCode.CHECK if bad else ExitCode.OK)
+
+
+def _configuration(settings: Settings) -> tuple[Config | None, list[Finding]]:
+    try:
+        config = settings.config
+    except ConfigError as error:
+        lines = [_split(line) for line in str(error).split("\n")]
+        return None, [Finding("configuration", State.FAULT, text, cure or error.hint) for text, cure in lines]
+    return config, [Finding("configuration", State.FAULT, f"{settings.config_path}: {text}", cure)
+                    for text, cure in map(_split, config_faults(config))]
+
+
+def _split(text: str) -> tuple[str, str]:
+    """`key: what is wrong; the cure`"""
+    what, _, cure = text.partition("; ")
+    return what, cure
+
+
+async def _check_all(config: Config, store_path: Path, say: Say) -> bool:
+    """Whether there was a fault."""
+    store, error = await _open(store_path)
+    newest: dict[str, int] = {}
+    bad = False
+    try:
+        for title, findings in _probes(config, store, error, store_path, newest):
+            try:
+                async for finding in findings:
+                    say(finding)
+                    bad |= finding.state is State.FAULT
+            except MaloteError as problem:      # of this thing; the others are tried all the same
+                say(fault(title, problem, "malote log and the log of the service may say more"))
+                bad = True
+    finally:
+        if store is not None:
+            await store.close()
+    return bad
+
+
+async def _open(path: Path) -> tuple[Store | None, MaloteError | None]:
+    try:
+        return await Store.open(path, readonly=True), None
+    except MaloteError as error:
+        return None, error
+
+
+def _probes(config: Config, store: Store | None, error: MaloteError | None, path: Path,
+            newest: dict[str, int]) -> Iterator[tuple[str, Findings]]:
+    yield "cryptography", crypto_probe()
+    yield "store", store_probe(store, error, path)
+    if store is not None:
+        yield "keys", keys_probe(store, config)
+    if config.outgoing.enabled:
+        for listener in config.outgoing.listeners:
+            yield "listener", listener_probe(listener)
+        yield "sending", upstream_probe(config)
+    for account in config.accounts:
+        yield f"account {account.name}", account_probe(account, newest)
+    yield "clock", clock_probe(store, newest)
+
+
+def _say(finding: Finding) -> None:
+    word = click.style(f"{finding.state:<7}", fg=COLOURS[finding.state])
+    click.echo(f"{word}  {finding.what}: {finding.text}" + (f"\n           -> {finding.cure}" if finding.cure else ""))
+
+
+def _say_json(finding: Finding) -> None:
+    click.echo(json.dumps(dataclasses.asdict(finding)))

@@ -1,0 +1,141 @@
+"""`malote check`: each thing that can be wrong is named, with its cure, and none hides the others."""
+
+from __future__ import annotations
+
+import json
+import socket
+from pathlib import Path
+
+import pytest
+
+from lab.daemon import Home, account, free_port, listener, rule, upstream
+from lab.servers import HOST, PASSWORD, Dovecot, Lab, Postfix, make_certificate
+from malote.errors import ExitCode
+
+ANNA = "alice@test.example"
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Home:
+    return Home(tmp_path / "home")
+
+
+def checked(home: Home) -> tuple[int, dict[str, dict[str, str]]]:
+    """Exit code, and the findings by what they are about (the worst of each)."""
+    done = home.malote("check", "--json")
+    findings: dict[str, dict[str, str]] = {}
+    for line in done.stdout.decode().splitlines():
+        finding = json.loads(line)
+        if findings.get(finding["what"], {}).get("state") != "fault":
+            findings[finding["what"]] = finding
+    assert b"Traceback" not in done.stderr, done.stderr.decode()
+    return done.returncode, findings
+
+
+def faults(findings: dict[str, dict[str, str]]) -> dict[str, str]:
+    assert all(finding["cure"] for finding in findings.values() if finding["state"] == "fault"), "a fault without a cure"
+    return {what: finding["text"] for what, finding in findings.items() if finding["state"] == "fault"}
+
+
+def good(home: Home, lab: Lab, postfix: Postfix, dovecot: Dovecot, port: int) -> str:
+    return (listener(port) + upstream(postfix.submission_port, lab.certificate) + rule("require")
+            + account(ANNA, dovecot.imaps_port, lab.certificate, home))
+
+
+def test_all_is_well(home: Home, lab: Lab, postfix: Postfix, dovecot: Dovecot) -> None:
+    """Exit code 0, also while the daemon runs; what matters is said: who can read, what the servers can do, the card's end."""
+    port = free_port()
+    home.configure(good(home, lab, postfix, dovecot, port))
+    home.keys("new", ANNA)
+    code, findings = checked(home)
+    assert faults(findings) == {}
+    assert code == 0
+    assert findings[f"listener 127.0.0.1:{port}"]["text"] == "is free"
+    assert "your mail provider can read it" in findings["account box: readers"]["text"]
+    assert "MOVE, UIDPLUS and IDLE" in findings["account box: server"]["text"]
+    assert "PIPELINING" in findings[f"sending through localhost:{postfix.submission_port}"]["text"]
+    assert "PLAIN" in findings[f"sending through localhost:{postfix.submission_port}: login"]["text"]
+    assert "good until" in findings[f"card of {ANNA}"]["text"]
+    assert "unlocked" in findings["keys"]["text"]
+    with home.daemon():
+        code, findings = checked(home)
+        assert findings[f"listener 127.0.0.1:{port}"]["text"] == "malote listens there now"
+        assert code == 0
+
+
+def test_nothing_is_well_and_all_of_it_is_said(home: Home, lab: Lab, postfix: Postfix, dovecot: Dovecot) -> None:
+    """Every fault in one run: a newcomer mends them all at once instead of one after the other."""
+    taken = socket.create_server((HOST, 0))
+    port = taken.getsockname()[1]
+    home.secret("open", PASSWORD, 0o644)
+    home.secret("wrong", "not the password")
+    home.configure(
+        listener(port)
+        + upstream(postfix.submission_port, lab.certificate, f'username = "{ANNA}"\npassword_file = "{home.root}/wrong"')
+        + account(ANNA, dovecot.imaps_port, lab.certificate, home, name="wrong", password="wrong")
+        + account(ANNA, dovecot.imaps_port, lab.certificate, home, name="open", password="open")
+        + account(ANNA, free_port(), lab.certificate, home, name="away")
+        + account(ANNA, dovecot.imaps_port, make_certificate(home.root, "other")[0], home, name="untrusted")
+        + account("nokey@test.example", dovecot.imaps_port, lab.certificate, home, name="nokey",
+                  more='deliver = "maildir"\nmaildir = "/dev/null/malote"'),
+    )
+    text = home.config.read_text().replace('auth = "pass-through"', f'auth = "local"\nusers_file = "{home.root}/nousers"')
+    home.config.write_text(text)
+    home.keys("new", ANNA, "--algorithm", "ed25519")
+    home.secret("passphrase", "another")
+    code, findings = checked(home)
+    taken.close()
+    found = faults(findings)
+    assert code == ExitCode.CHECK
+    sending = f"sending through localhost:{postfix.submission_port}"
+    assert set(found) == {
+        "keys", f"listener 127.0.0.1:{port}", f"listener 127.0.0.1:{port}: certificate or users_file", f"{sending}: login",
+        "account wrong", "account open: password", "account away", "account untrusted", "account nokey: keys",
+        "account nokey: maildir", "account nokey"}
+    assert "another program" in found[f"listener 127.0.0.1:{port}"]
+    assert "0644" in found["account open: password"]
+    assert "certificate" in found["account untrusted"]
+    assert "refused the login" in found["account wrong"]
+    assert "you alone can read it" in findings["account nokey: readers"]["text"]
+
+
+@pytest.mark.parametrize(("sections", "expected"), [
+    ('[outgoing.upstream]\nhots = "x"\nport = 70000\n', ["outgoing.upstream.hots", "outgoing.upstream.port"]),
+    ("[nonsense", ["is not TOML"]),
+    ('[outgoing.upstream]\nhost = "a.example"\nsecurity = "none"\nusername = "x"\n',
+     ["outgoing.upstream.security", "outgoing.upstream.password_file"]),
+])
+def test_a_wrong_configuration(home: Home, sections: str, expected: list[str]) -> None:
+    """Every fault at once with file and key, and exit code 2, as `malote run` would have."""
+    home.configure(sections)
+    done = home.malote("check")
+    assert done.returncode == ExitCode.CONFIG
+    for text in expected:
+        assert f"{home.config}: {text}".encode() in done.stdout
+
+
+def test_no_configuration(home: Home) -> None:
+    done = home.malote("check")
+    assert done.returncode == ExitCode.CONFIG
+    assert b"there is no such file" in done.stdout
+
+
+def test_secrets_stay_out_of_it(home: Home, lab: Lab, postfix: Postfix, dovecot: Dovecot) -> None:
+    """People paste what `malote check` says into reports."""
+    home.secret("wrong", "s3cr3t-pass")
+    home.configure(listener(free_port()) + upstream(postfix.submission_port, lab.certificate)
+                   + account(ANNA, dovecot.imaps_port, lab.certificate, home, password="wrong"))
+    home.keys("new", ANNA, "--algorithm", "ed25519")
+    done = home.malote("check")
+    assert done.returncode == ExitCode.CHECK
+    assert b"s3cr3t" not in done.stdout + done.stderr
+
+
+def test_a_server_without_move_says_one_watcher_only(home: Home, lab: Lab) -> None:
+    """Two watchers there would leave two copies of each mail."""
+    dovecot = lab.dovecot([ANNA], extra="imap_capability = IMAP4rev1 SASL-IR IDLE LITERAL+\n")
+    home.configure("[outgoing]\nenabled = false\n" + account(ANNA, dovecot.imaps_port, lab.certificate, home))
+    home.keys("new", ANNA, "--algorithm", "ed25519")
+    _, findings = checked(home)
+    assert "one watcher only" in findings["account box: server"]["text"]
+    assert findings["account box: server"]["state"] == "warning"
