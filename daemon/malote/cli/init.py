@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from pathlib import Path
 
 import click
@@ -71,7 +72,8 @@ def init(context: click.Context, address: str, smtp: str | None, imap: str | Non
     smtp_host, smtp_port = _server(smtp, 587)
     text = TEMPLATE.format(smtp_host=_quoted(smtp_host), smtp_port=smtp_port, smtp_security=_quoted(_security(smtp_port)))
     password = ""
-    password_file = target.parent / f"{address.partition('@')[0]}.password"
+    name = _account_name(address)
+    password_file = target.parent.absolute() / f"{name}.password"
     if imap:
         imap_host, imap_port = _server(imap, 993)
         username = username or click.prompt("Login at the IMAP server", default=address, err=True)
@@ -80,8 +82,9 @@ def init(context: click.Context, address: str, smtp: str | None, imap: str | Non
             deliver = click.prompt("deliver", type=click.Choice(["replace", "folder", "maildir"]), err=True)
         if deliver == "maildir" and maildir is None:
             maildir = Path(click.prompt("Maildir", default=str(Path.home() / "Maildir-malote"), err=True))
-        password = click.prompt("Password of the mailbox", hide_input=True, err=True)
-        text += ACCOUNT.format(name=_quoted(address), imap_host=_quoted(imap_host), imap_port=imap_port,
+        # from a script the answers come on standard input, also where there is a terminal
+        password = click.prompt("Password of the mailbox", hide_input=sys.stdin.isatty(), err=True)
+        text += ACCOUNT.format(name=_quoted(name), imap_host=_quoted(imap_host), imap_port=imap_port,
                                imap_security=_quoted(_security(imap_port)), username=_quoted(username),
                                password_file=_quoted(str(password_file)), address=_quoted(address), deliver=_quoted(str(deliver)))
         if deliver == "maildir":
@@ -93,6 +96,11 @@ def init(context: click.Context, address: str, smtp: str | None, imap: str | Non
     load_config(target)     # what was written can be read
     click.echo(f"malote: wrote {target}", err=True)
     click.echo(f"malote: next: malote keys new {address}, then malote check", err=True)
+
+
+def _account_name(address: str) -> str:
+    """It names a file, and stands in every line of the log, where no address should: the local part, without surprises."""
+    return re.sub(r"[^\w+.-]+", "_", address.rpartition("@")[0]).strip("._") or "mailbox"
 
 
 def _server(text: str, default_port: int) -> tuple[str, int]:
