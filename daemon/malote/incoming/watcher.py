@@ -34,11 +34,10 @@ from malote.incoming.opening import Opener
 from malote.incoming.outcomes import Outcomes
 from malote.incoming.receiver import NEVER_MS, Gathered, OwnCopies, Place, Receiver, unreadable_reason
 from malote.incoming.scan import find_candidates
-from malote.incoming.session import Folders, Session
+from malote.incoming.session import Folders, Session, bounded
 from malote.store import Attempt, FolderState, Store
 
 BATCH_MESSAGES = 100            # that share round trips and commits
-BATCH_BYTES = 16 * 1024 * 1024  # of sealed messages; two batches are in memory, each a few times this with what is made of it
 RECONNECT_FIRST_SECONDS = 1.0   # doubled each time, with jitter, so that many watchers do not come back at once
 RECONNECT_MOST_SECONDS = 300.0
 SETTLED_SECONDS = 60.0          # a connection that lasted as long as this was no failure: the next wait is short again
@@ -98,8 +97,7 @@ class Watcher:
                 raise
             except MaloteError as error:
                 self.last_error = str(error)
-                log.warning("mailbox not available", account=self.account.name, fault=type(error).__name__,
-                            code=getattr(error, "code", ""))
+                log.warning("mailbox not available", account=self.account.name, fault=type(error).__name__, **_reason(error))
             except Exception as error:  # noqa: BLE001 -- a fault of ours in one account must not end the others
                 self.last_error = "internal fault"
                 where = traceback.extract_tb(error.__traceback__)[-1]
@@ -163,7 +161,8 @@ class Watcher:
 
     def _receiver(self, folders: Folders, keys: AccountKeys) -> tuple[Receiver, ForeignFolders]:
         opener = Opener(self._store, keys)
-        foreign = ForeignFolders(self.account, store=self._store, opener=opener, limits=self._limits, clock=self._clock)
+        foreign = ForeignFolders(self.account, folders.sealed, store=self._store, opener=opener, limits=self._limits,
+                                 clock=self._clock)
         receiver = Receiver(
             self.account, store=self._store, keys=keys, opener=opener, delivery=make_delivery(self.account, folders.target),
             folders=folders, foreign=foreign, contests=self._contests, outcomes=self._outcomes, limits=self._limits,
@@ -239,11 +238,9 @@ class Watcher:
         if not todo:
             return None
         await session.enter(place.folder)
-        sizes = await session.box.sizes(list(islice(todo, BATCH_MESSAGES)))
-        batch = [todo.popleft()]
-        total = sizes.get(batch[0], 0)
-        while todo and len(batch) < BATCH_MESSAGES and (total := total + sizes.get(todo[0], 0)) <= BATCH_BYTES:
-            batch.append(todo.popleft())
+        wanted = list(islice(todo, BATCH_MESSAGES))
+        sizes = await session.box.sizes(wanted)
+        batch = [todo.popleft() for _ in range(bounded(wanted, sizes, 0, BATCH_MESSAGES))]
         return batch, session.ahead(asyncio.create_task(receiver.gather(session, batch, sizes)))
 
     async def _waiting(self, folder: Folder, selected: Selected) -> dict[int, Attempt]:
@@ -327,6 +324,13 @@ class Progress:
         if self._total > BATCH_MESSAGES and (now - self._last > PROGRESS_SECONDS or done >= self._total):
             self._last = now
             log.info("catching up", account=self._account, folder=self._folder, done=done, total=self._total)
+
+
+def _reason(error: MaloteError) -> dict[str, str]:
+    """For the log: our own words. A mail server's are not repeated, they may name people or folders."""
+    if isinstance(error, MailboxError):
+        return {"code": error.code, "hint": error.hint}
+    return {"reason": str(error), "hint": error.hint}
 
 
 def make_delivery(account: AccountConfig, target: Folder | None) -> Delivery:

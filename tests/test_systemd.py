@@ -1,0 +1,137 @@
+"""The units: as tight as the operating guide says, without a fault in their syntax, and the daemon really works under them."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lab.daemon import MALOTE, Home, free_port, listener, rule, upstream
+from malote.cli.settings import SYSTEM_CONFIG, SYSTEM_STORE
+from malote.config import KeysConfig
+from malote.errors import ExitCode
+
+ROOT = Path(__file__).parents[1]
+SYSTEM, USER = ROOT / "systemd" / "malote.service", ROOT / "systemd" / "malote-user.service"
+DOCS = (ROOT / "docs" / "operating.md").read_text()
+WORST = 2.0     # issue: rated "OK" 2.0 or better
+PR_SET_MDWE, PR_GET_MDWE, PR_MDWE_REFUSE_EXEC_GAIN = 65, 66, 1
+
+needs_systemd = pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd-analyze is not installed")
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Home:
+    """An installation of malote that nobody else uses."""
+    return Home(tmp_path / "home")
+
+
+def settings(unit: Path) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for line in unit.read_text().splitlines():
+        key, mark, value = line.partition("=")
+        if mark and not line.startswith("#"):
+            found.setdefault(key, []).append(value)
+    return found
+
+
+@needs_systemd
+def test_the_sandbox_is_rated_as_promised() -> None:
+    """And the guide says the number that is measured."""
+    done = subprocess.run(["systemd-analyze", "security", "--offline=true", f"--threshold={int(WORST * 10)}", str(SYSTEM)],
+                          capture_output=True, text=True, check=False, env={"SYSTEMD_COLORS": "0", "LANG": "C.UTF-8"})
+    rated = re.search(r"Overall exposure level for \S+ (\d+\.\d+)", done.stdout)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert rated
+    assert float(rated[1]) <= WORST
+    assert f"{rated[1]})" in DOCS.replace("`systemd-analyze security malote`: ", "")
+
+
+@needs_systemd
+@pytest.mark.parametrize(("unit", "manager"), [(SYSTEM, "--system"), (USER, "--user")])
+def test_nothing_in_a_unit_is_misspelt(unit: Path, manager: str, tmp_path: Path) -> None:
+    """systemd passes over what it does not know: a misspelt line of the sandbox would protect nothing."""
+    copy = tmp_path / "malote.service"
+    program = re.sub(r"(?m)^ExecStart=\S+", f"ExecStart={sys.executable}", unit.read_text())
+    copy.write_text(program)
+    done = subprocess.run(["systemd-analyze", "verify", manager, "--man=no", str(copy)], capture_output=True, text=True,
+                          check=False, env={"XDG_RUNTIME_DIR": str(tmp_path), "HOME": str(tmp_path), "PATH": "/usr/bin:/bin"})
+    complaints = [line for line in done.stderr.splitlines() if "malote.service" in line or "Unknown" in line]
+    assert complaints == []
+
+
+def test_the_units_fit_what_the_program_does() -> None:
+    """Paths, exit codes and names that stand in two places."""
+    system, user = settings(SYSTEM), settings(USER)
+    assert system["ExecStart"] == [f"/usr/bin/malote --config {SYSTEM_CONFIG} run"]
+    assert Path("/var/lib", system["StateDirectory"][0]) == SYSTEM_STORE
+    assert system["StateDirectoryMode"] == ["0700"]     # the store refuses a directory that others can enter
+    for unit in (system, user):
+        assert unit["LoadCredential"][0].partition(":")[0] == KeysConfig().credential
+        assert unit["RestartPreventExitStatus"] == [str(int(ExitCode.CONFIG))]
+        assert unit["Type"] == ["notify"]
+        assert unit["UMask"] == ["0077"]
+        assert unit["LimitCORE"] == ["0"]
+        assert unit["MemoryDenyWriteExecute"] == ["yes"]
+        assert int(unit["TimeoutStopSec"][0]) > 240     # DRAIN_SECONDS
+    assert system["LoadCredential"][0].partition(":")[2] in DOCS
+    assert str(SYSTEM_CONFIG) in DOCS
+
+
+def test_state_and_credential_as_systemd_gives_them(home: Home, tmp_path: Path) -> None:
+    """STATE_DIRECTORY of mode 0700, and a credential of mode 0400 below $CREDENTIALS_DIRECTORY: keys are made and unlocked."""
+    credentials, state = tmp_path / "credentials", tmp_path / "state"
+    credentials.mkdir(0o700)
+    state.mkdir(0o700)
+    secret = credentials / KeysConfig().credential
+    secret.write_text("word\n")
+    secret.chmod(0o400)
+    home.config.write_text('[keys]\nunlock = "credential"\n')
+    given = {"CREDENTIALS_DIRECTORY": str(credentials), "STATE_DIRECTORY": str(state)}
+    done = home.malote("keys", "new", "anna@example.org", "--algorithm", "ed25519", environment=given)
+    assert done.returncode == 0, done.stderr
+    assert (state / "store.sqlite").exists()
+    secret.chmod(0o440)         # with an access list for the service's user the group bits show its mask
+    assert home.malote("keys", "rotate", "anna@example.org", environment=given).returncode == 0
+    secret.chmod(0o444)
+    assert home.malote("keys", "rotate", "anna@example.org", environment=given).returncode == ExitCode.KEY
+
+
+def test_it_works_without_memory_that_is_written_and_executed(home: Home, tmp_path: Path) -> None:
+    """MemoryDenyWriteExecute=yes: libraries that generate code, or callbacks by libffi, would fail only in production.
+
+    The kernel's own switch where there is one (Linux 6.3), which is what systemd then uses too.
+    """
+    if not _kernel_has_mdwe():
+        pytest.skip("this kernel has no PR_SET_MDWE")
+    starter = tmp_path / "starter.py"
+    starter.write_text(f"""
+import ctypes, os, sys
+if ctypes.CDLL(None, use_errno=True).prctl({PR_SET_MDWE}, {PR_MDWE_REFUSE_EXEC_GAIN}, 0, 0, 0):
+    sys.exit(99)
+os.execv(sys.argv[1], sys.argv[1:])
+""")
+    asked = f"import ctypes, sys; sys.exit(ctypes.CDLL(None).prctl({PR_GET_MDWE}, 0, 0, 0, 0))"
+    held = subprocess.run((sys.executable, str(starter), sys.executable, "-c", asked), check=False)
+    assert held.returncode == PR_MDWE_REFUSE_EXEC_GAIN, "what is started does not have the restriction"
+    home.configure(listener(free_port()) + upstream(1, None) + rule("never"))
+    command = (sys.executable, str(starter), *MALOTE, "--config", str(home.config))
+    for arguments, stdin in ((("keys", "new", "anna@example.org"), b""),
+                             (("seal", "--to", "anna@example.org"), b"From: anna@example.org\r\n\r\ntext\r\n"),
+                             (("log",), b"")):
+        done = subprocess.run((*command, *arguments), input=stdin, capture_output=True, check=False)
+        assert done.returncode == 0, done.stderr
+    daemon = home.daemon()
+    daemon.process = subprocess.Popen((*command, "run"), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+                                      stderr=subprocess.DEVNULL, env={"NOTIFY_SOCKET": str(home.root / "notify")})
+    with daemon:
+        assert daemon.stop() == 0
+
+
+def _kernel_has_mdwe() -> bool:
+    probe = f"import ctypes,sys; sys.exit(ctypes.CDLL(None).prctl({PR_SET_MDWE}, {PR_MDWE_REFUSE_EXEC_GAIN}, 0, 0, 0) != 0)"
+    return subprocess.run([sys.executable, "-c", probe], check=False).returncode == 0
