@@ -12,12 +12,13 @@ import pytest
 import structlog
 
 from lab.incoming import QUARANTINE, SEALED, Box, note, verdicts
-from lab.servers import Lab
+from lab.servers import PASSWORD, Lab
 from malote.core.identity import rotate
 from malote.errors import ConfigError, KeyMissing
 from malote.incoming import watcher as watcher_module
 from malote.incoming.account import account_keys
 from malote.incoming.mailbox import Mailbox
+from malote.incoming.session import BATCH_BYTES, Session, bounded
 from malote.incoming.watcher import Watcher, imap_day, now_ms
 
 DAY = 86_400_000
@@ -266,6 +267,45 @@ async def test_a_fault_in_the_watcher_does_not_end_it(box: Box, monkeypatch: pyt
     [line] = [line for line in logs if line["event"] == "fault in the watcher"]
     assert line["fault"] == "RuntimeError"
     assert "secret words" not in str(logs)
+
+
+async def test_no_other_folder_is_selected_while_reading_ahead(box: Box) -> None:
+    """UIDs mean other messages in another folder: what is being fetched from one must be there before it is left."""
+    box.client.put(note("inbox"))
+    box.client.put(note("draft"), "Drafts")
+
+    async def password() -> str:
+        return PASSWORD
+
+    mailbox = await Mailbox.connect(box.config(), password=password)
+    session = Session(mailbox)
+    inbox, drafts = await mailbox.resolve("INBOX"), await mailbox.resolve("Drafts")
+    assert inbox is not None
+    assert drafts is not None
+    await session.enter(inbox)
+    go = asyncio.Event()
+
+    async def read() -> list[bytes]:
+        await go.wait()
+        return [fetched.raw for fetched in await session.fetch_all([1])]
+
+    reading = session.ahead(asyncio.create_task(read()))
+    leaving = asyncio.create_task(session.enter(drafts))
+    await asyncio.sleep(0.1)
+    assert not leaving.done()
+    go.set()
+    assert (await leaving).folder.name == "Drafts"
+    assert b"Subject: inbox" in (await reading)[0]
+    await mailbox.logout()
+
+
+def test_batches_are_bounded() -> None:
+    """In number, and in bytes, but one message always goes."""
+    uids = [1, 2, 3, 4]
+    assert bounded(uids, {}, 0, 3) == 3
+    assert bounded(uids, {}, 3, 3) == 4
+    assert bounded(uids, {1: BATCH_BYTES, 2: 1}, 0, 3) == 1
+    assert bounded(uids, {1: BATCH_BYTES * 2, 2: 1}, 0, 3) == 1
 
 
 def test_imap_day() -> None:

@@ -39,9 +39,10 @@ class _Known:
 class ForeignFolders:
     """Keeps up with the sealed and the quarantine folder of one account."""
 
-    def __init__(self, account: AccountConfig, *, store: Store, opener: Opener, limits: FreshnessLimits,
+    def __init__(self, account: AccountConfig, sealed: Folder, *, store: Store, opener: Opener, limits: FreshnessLimits,
                  clock: Callable[[], int]) -> None:
         self._account = account
+        self._sealed = sealed
         self._store = store
         self._opener = opener
         self._limits = limits
@@ -84,12 +85,17 @@ class ForeignFolders:
             await self._remember(folder, known)
         return unfinished
 
-    async def look(self, session: Session, folder: Folder) -> list[Letter]:
-        """What has come into the folder since it was recorded last, put there by others. Nothing is written down."""
+    async def look(self, session: Session, folder: Folder) -> set[bytes]:
+        """Payload digests of what others have put into the folder since it was recorded last. Nothing is written down."""
         known = self._known.get(folder.wire)
         await session.enter(folder, fresh=True)
         new = await session.box.search_after(known.last_uid if known is not None else 0)
-        return await self._opener.open(await session.fetch_all([uid for uid in new if known is None or uid not in known.own]))
+        found: set[bytes] = set()
+        wanted = [uid for uid in new if known is None or uid not in known.own]
+        async for batch, sizes in session.batches(wanted, messages=RECORD_BATCH):
+            letters = await self._opener.open(await session.fetch_all(batch, sizes))
+            found |= {letter.unsealed.payload_digest for letter in letters if letter.unsealed is not None}
+        return found
 
     async def _compare(self, folder: Folder, status: FolderStatus) -> _Known:
         """What is known of the folder; if the folder has less than that, mail sent until now is not to be trusted."""
@@ -115,7 +121,7 @@ class ForeignFolders:
         if status.uidvalidity != known.uidvalidity or (status.uidnext and status.uidnext <= known.last_uid):
             return True
         # another device may keep sealed originals for a shorter time; what it deletes is recorded here already
-        expected_to_shrink = self._account.keep_sealed_days > 0 and folder.name.endswith(self._account.sealed_folder)
+        expected_to_shrink = self._account.keep_sealed_days > 0 and folder.wire == self._sealed.wire
         return not expected_to_shrink and status.messages < known.messages
 
     def _skip_own(self, known: _Known) -> None:
@@ -128,15 +134,16 @@ class ForeignFolders:
         new = await session.box.search_after(known.last_uid)
         wanted = [uid for uid in new if uid not in known.own]
         unfinished: list[Letter] = []
-        for start in range(0, len(wanted), RECORD_BATCH):
-            batch = wanted[start:start + RECORD_BATCH]
-            letters = await self._opener.open(await session.fetch_all(batch))
+        done = 0
+        async for batch, sizes in session.batches(wanted, messages=RECORD_BATCH):
+            letters = await self._opener.open(await session.fetch_all(batch, sizes))
             unfinished += await self._record(letter for letter in letters if letter.kind is Kind.OPENED)
             known.last_uid = batch[-1]
             await self._remember(folder, known)
+            done += len(batch)
             if len(wanted) > RECORD_BATCH:
-                log.info("recording what was opened elsewhere", account=self._account.name, folder=folder.name,
-                         done=min(start + RECORD_BATCH, len(wanted)), total=len(wanted))
+                log.info("recording what was opened elsewhere", account=self._account.name, folder=folder.name, done=done,
+                         total=len(wanted))
         known.last_uid = max(known.last_uid, new[-1] if new else 0)
         known.own = {uid for uid in known.own if uid > known.last_uid}
         return unfinished

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import lru_cache
-from typing import TypeVarTuple
+from typing import TypeVar, TypeVarTuple
 
 import structlog
 
@@ -25,6 +25,7 @@ from malote.store import Store
 THREAD_BYTES = 256 * 1024       # larger messages are opened in a thread: below, the hand-over costs more than it gives
 
 Ts = TypeVarTuple("Ts")
+R = TypeVar("R")
 
 log = structlog.get_logger("malote.incoming")
 
@@ -73,13 +74,13 @@ class Opener:
         """Examine, decrypt and prove. One hostile message never stops the others: it is UNREADABLE."""
         letters = [Letter(message, time.monotonic()) for message in fetched]
         for letter in letters:
-            await _off_loop(len(letter.fetched.raw), self._examine, letter)
+            await off_loop(len(letter.fetched.raw), self._examine, letter)
             await asyncio.sleep(0)      # other work on this loop goes on
         sealed = [letter for letter in letters if letter.kind is Kind.SEALED]
         cards = await find_cards(self._store, {letter.unsealed.sender for letter in sealed if letter.unsealed is not None})
         cards |= self._keys.cards       # mail to oneself
         for letter in sealed:
-            await _off_loop(len(letter.fetched.raw), _prove, letter, cards)
+            await off_loop(len(letter.fetched.raw), _prove, letter, cards)
             await asyncio.sleep(0)
         return letters
 
@@ -138,8 +139,6 @@ def _card(raw: bytes) -> Card:
     return parse_card(raw)
 
 
-async def _off_loop(size: int, function: Callable[[*Ts], None], *arguments: *Ts) -> None:
-    if size > THREAD_BYTES:
-        await asyncio.to_thread(function, *arguments)
-    else:
-        function(*arguments)
+async def off_loop(size: int, function: Callable[[*Ts], R], *arguments: *Ts) -> R:
+    """Call it, in a thread if a message of this many bytes would hold up the loop."""
+    return await asyncio.to_thread(function, *arguments) if size > THREAD_BYTES else function(*arguments)

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 from malote.config import AccountConfig
 from malote.core import status
-from malote.core.freshness import Arrival, FreshnessLimits, sentence
+from malote.core.freshness import QUARANTINED, UNPROVEN, Arrival, FreshnessLimits, sentence
 from malote.core.message import header_fields
 from malote.errors import FormatError, MailboxError
 from malote.incoming.account import AccountKeys, Mark
@@ -24,7 +24,7 @@ from malote.incoming.delivery import Delivery, Failure, Parcel, carriable, wrapp
 from malote.incoming.foreign import ForeignFolders
 from malote.incoming.imap_protocol import MAX_LITERAL
 from malote.incoming.mailbox import Fetched, Folder
-from malote.incoming.opening import Kind, Letter, Opener
+from malote.incoming.opening import Kind, Letter, Opener, off_loop
 from malote.incoming.outcomes import Outcomes
 from malote.incoming.session import Folders, Session
 from malote.store import Attempt, Store, Stored
@@ -171,13 +171,13 @@ class Receiver:
         if not judged:
             return
         for item in judged:
-            item.parcel = self._parcel(place, item, others)
+            item.parcel = await off_loop(len(item.letter.fetched.raw), self._parcel, place, item, others)
         await self._delivery.deliver(session, place.folder, _parcels(judged))
         changed = [item for item in judged if item.parcel is not None and item.parcel.failure is not None
                    and item.parcel.failure.code not in NO_ROOM]
         if changed:     # what the server did not take or keep as it is goes as an attachment, which any server keeps
             for item in changed:
-                item.parcel = self._parcel(place, item, others, wrap=True)
+                item.parcel = await off_loop(len(item.letter.fetched.raw), self._parcel, place, item, others, True)
             await self._delivery.deliver(session, place.folder, _parcels(changed))
         delivered = [item for item in judged if item.parcel is not None and item.parcel.copy is not None]
         if delivered:
@@ -198,7 +198,7 @@ class Receiver:
         for uid, code in moves.stuck.items():       # delivered; a later look finds a duplicate there and moves that away
             await self._try_later(place, uid, code)
 
-    def _parcel(self, place: Place, item: Judged, others: dict[str, int], *, wrap: bool = False) -> Parcel:
+    def _parcel(self, place: Place, item: Judged, others: dict[str, int], wrap: bool = False) -> Parcel:
         letter, opened = item.letter, item.letter.opened
         assert opened is not None       # noqa: S101 -- only opened letters are judged
         judgement = item.stored.judgement
@@ -259,8 +259,7 @@ class Receiver:
     async def _arbitrate(self, session: Session, place: Place, lost: Sequence[Judged]) -> None:
         """The originals are gone: another watcher has moved them away, or a person has (see `arbiter`)."""
         asked_ms = self._clock()
-        sealed = {letter.unsealed.payload_digest for letter in await self._foreign.look(session, self._folders.sealed)
-                  if letter.unsealed is not None}
+        sealed = await self._foreign.look(session, self._folders.sealed)
         for item in lost:
             parcel, unsealed = item.parcel, item.letter.unsealed
             if parcel is None or unsealed is None or not parcel.own:
@@ -283,12 +282,18 @@ class Receiver:
     async def _finish(self, place: Place, done: Sequence[Judged], outcome: str) -> None:
         await asyncio.gather(*(self._store.mark_delivered(item.stored.row_id) for item in done if item.stored.row_id is not None))
         for item in done:
-            manifest = item.letter.opened.manifest if item.letter.opened is not None else None
-            outer_id = next((value for name, value in manifest.outer if name.lower() == "message-id"), "") if manifest else ""
-            if manifest is not None and manifest.message_id and outer_id:
-                self._store.remember_outer_id(manifest.message_id, outer_id, self._clock())     # for the outer header of replies
+            self._remember_outer_id(item)
             self._outcomes.note(item.letter, outcome, item.stored.judgement.verdict)
         await self._forget_attempts(place, [item.letter.uid for item in done])
+
+    def _remember_outer_id(self, item: Judged) -> None:
+        """For the outer header of replies. Only of proven mail: nobody else may say what another message's id is outside."""
+        opened = item.letter.opened
+        if opened is None or item.stored.judgement.verdict in UNPROVEN | QUARANTINED or not opened.manifest.message_id:
+            return
+        outer_id = next((value for name, value in opened.manifest.outer if name.lower() == "message-id"), "")
+        if outer_id:
+            self._store.remember_outer_id(opened.manifest.message_id, outer_id, self._clock())
 
     async def _forget_attempts(self, place: Place, uids: Iterable[int]) -> None:
         for uid in uids:
@@ -315,10 +320,11 @@ class Receiver:
         if not letters:
             return
         now_ms = self._clock()
+        await asyncio.gather(*(
+            self._store.put_attempt(Attempt(self._account.name, place.folder.name, place.uidvalidity, letter.uid, 1, NEVER_MS,
+                                            unreadable_reason(self._keys)), now_ms)
+            for letter in letters))
         for letter in letters:
-            attempt = Attempt(self._account.name, place.folder.name, place.uidvalidity, letter.uid, 1, NEVER_MS,
-                              unreadable_reason(self._keys))
-            await self._store.put_attempt(attempt, now_ms)
             self._outcomes.note(letter, "unreadable", "UNREADABLE", detail=letter.reason)
         if place.keywords:
             await session.enter(place.folder)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -11,6 +11,18 @@ from malote.config import AccountConfig
 from malote.incoming.mailbox import Fetched, Folder, Mailbox, Selected
 
 T = TypeVar("T")
+
+BATCH_BYTES = 16 * 1024 * 1024      # of sealed messages; a batch takes a few times this with what is made of it
+
+
+def bounded(uids: Sequence[int], sizes: Mapping[int, int], start: int, messages: int) -> int:
+    """Where a batch that begins at `start` ends: at `messages`, or before BATCH_BYTES are exceeded, but after one at least."""
+    total = 0
+    for index in range(start, min(len(uids), start + messages)):
+        total += sizes.get(uids[index], 0)
+        if total > BATCH_BYTES and index > start:
+            return index
+    return min(len(uids), start + messages)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +60,18 @@ class Session:
     async def fetch_all(self, uids: Sequence[int], sizes: dict[int, int] | None = None) -> list[Fetched]:
         """Those messages of the selected folder that are still there. `sizes` as known saves a question."""
         return [fetched async for fetched in self.box.fetch_many(uids, sizes=sizes)] if uids else []
+
+    async def batches(self, uids: Sequence[int], *, messages: int) -> AsyncIterator[tuple[list[int], dict[int, int]]]:
+        """The UIDs in batches bounded in number and in bytes, each with its sizes as the selected folder's server says.
+
+        Ask for each batch while that folder is selected.
+        """
+        start = 0
+        while start < len(uids):
+            sizes = await self.box.sizes(uids[start:start + messages])
+            end = bounded(uids, sizes, start, messages)
+            yield list(uids[start:end]), sizes
+            start = end
 
     async def fetch_new(self, folder: Folder, uids: Sequence[int]) -> list[Fetched]:
         """Messages that were just stored in `folder`: a server need not show those before the folder is selected again."""
