@@ -17,6 +17,9 @@ from malote.errors import FormatError
 
 # RFC 5321 4.5.3.1 names 64, 255 and 256, and asks not to impose them: bounce addresses (VERP, SRS) have longer local parts.
 MAX_LOCAL_BYTES = 255
+# Characters before NFC, which takes quadratic time for long runs of combining marks. It makes at most four characters one
+# (Greek), which then has two bytes or more: longer text cannot become short enough.
+MAX_LOCAL_EXPANDED = 2 * MAX_LOCAL_BYTES
 MAX_DOMAIN_BYTES = 253              # RFC 1035 2.3.4, written without the final dot
 MAX_HEADER_VALUE_BYTES = 1024 * 1024    # 10,000 recipients of 100 bytes; the reader is linear, this bounds what it is given
 MAX_COMMENT_DEPTH = 20
@@ -99,6 +102,8 @@ def _canonical_literal(text: str) -> str:
 
 
 def _canonical_local(text: str, *, quoted: bool) -> str:
+    if len(text) > MAX_LOCAL_EXPANDED:
+        raise FormatError("local part of an address is too long")
     local = unicodedata.normalize("NFC", text).translate(_UPPER)
     _check_characters(local)
     if len(local.encode()) > MAX_LOCAL_BYTES:

@@ -81,10 +81,10 @@ def header_fields(raw: Bytes) -> list[Field]:
 
 def parse_fields(header: bytes) -> list[Field]:
     """As `header_fields`, for a header that is already cut off."""
-    fields = [_field(line) for line in _FIELD.findall(header) if line]
-    if len(fields) > MAX_HEADER_FIELDS:
+    lines = [line for line in _FIELD.findall(header) if line]
+    if len(lines) > MAX_HEADER_FIELDS:
         raise refusal(f"The message has more than {MAX_HEADER_FIELDS} header fields")
-    return fields
+    return [_field(line) for line in lines]
 
 
 def _field(raw: bytes) -> Field:

@@ -34,7 +34,7 @@ MAX_WORD = 900                  # of a Received line: fits a line of LINE_LIMIT
 
 # RFC 3834 5.2, RFC 5436 2.7.1. Another value still means that a program wrote it.
 _AUTO_SUBMITTED = frozenset({"no", "auto-generated", "auto-replied", "auto-notified"})
-_MESSAGE_IDS = re.compile(r"<[!-;=?-~]+@[!-;=?-~]+>")
+_MESSAGE_IDS = re.compile(r"<[!-;=?A-~]+@[!-;=?-~]+>")      # split at the first @ only: trying each takes quadratic time
 # RFC 5321 4.4: the clauses of Received. Found in masked text, so a comment or a quoted string cannot pretend to be one.
 _FOR = re.compile(rb"(?<![A-Za-z0-9.@+-])for(?![A-Za-z0-9.@+-])", re.IGNORECASE)
 _CLAUSE_END = re.compile(rb";|(?<=[ \t\r\n])(?:from|by|via|with|id)(?=[ \t\r\n])", re.IGNORECASE)

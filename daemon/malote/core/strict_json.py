@@ -14,7 +14,8 @@ from typing import Any, NoReturn, TypeVar
 from malote.errors import FormatError
 
 MAX_INTEGER = 2**53         # RFC 8259 6: beyond it a double does not tell neighbours apart
-_TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|[\[\]{}]', re.DOTALL)
+# A string that does not end reaches to the end: tried again at each escaped quote, it would cost the square of its length.
+_TOKEN = re.compile(r'"(?:[^"\\]|\\.)*+(?:"|\\?\Z)|[\[\]{}]', re.DOTALL)
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 _HEX = re.compile(r"[0-9a-f]*")
 
