@@ -115,6 +115,43 @@ async def test_two_copies_after_a_crash_are_settled(box: Box, monkeypatch: pytes
     assert box.client.uids(QUARANTINE) == []
 
 
+@pytest.mark.parametrize("smaller", ["a", "b"])
+async def test_a_server_that_lets_two_moves_succeed(box: Box, monkeypatch: pytest.MonkeyPatch, smaller: str) -> None:
+    """Dovecot with Maildir may give COPYUID to two devices for one message: both then believe that they have won."""
+    late = [0]
+    clock = lambda: now_ms() + late[0]      # noqa: E731
+    first = await box.watcher(await box.open_store("a"), device=SMALL if smaller == "a" else LARGE, clock=clock)
+    second = await box.watcher(await box.open_store("b"), device=SMALL if smaller == "b" else LARGE, clock=clock)
+    for watcher in (first, second):     # each has seen the folders before
+        box.client.put(box.seal(note("earlier", to=box.user)))
+        await watcher.run_once()
+    raw = box.seal(note("twice", to=box.user))
+    box.client.put(raw)
+
+    async def wins_too() -> None:
+        await second.run_once()
+        box.client.put(raw)             # the original that the first is about to move is still there for it
+        monkeypatch.setattr(Mailbox, "move", moves_anyway)
+
+    move = Mailbox.move
+
+    async def moves_anyway(self: Mailbox, uids: object, folder: object) -> dict[int, int]:
+        asked = list(uids)      # type: ignore[call-overload]
+        moved = await move(self, await self.search("HEADER Malote 1"), folder)      # type: ignore[arg-type]
+        return dict(zip(asked, moved.values(), strict=True))
+
+    before(monkeypatch, first, "append_many", wins_too)
+    await first.run_once()
+    monkeypatch.undo()
+    assert [message["Subject"] for message in box.client.messages()].count("twice") == 2, "for the moment"
+    for _ in range(3):
+        await first.run_once()
+        await second.run_once()
+        late[0] += CONTEST_MS + 1000
+    assert [message["Subject"] for message in box.client.messages()].count("twice") == 1
+    assert box.client.uids(QUARANTINE) == []
+
+
 def test_the_arbiter() -> None:
     """Who lost for certain goes at once; in doubt the greatest name goes first, and never two at the same time."""
     inbox = Folder("INBOX", b"INBOX")
@@ -164,7 +201,7 @@ async def test_two_watchers_and_a_person(box: Box, seed: int) -> None:
     """Whatever a person does meanwhile, no message has two opened copies, and none is lost that the person did not delete."""
     began = now_ms()
     clock = lambda: began + (now_ms() - began) * 10     # noqa: E731 -- contests are settled in three seconds
-    watchers = [await box.watcher(await box.open_store(name), clock=clock, late_days=30) for name in ("a", "b")]
+    watchers = [await box.watcher(await box.open_store(name), clock=clock, late_days=30, idle_seconds=0.5) for name in ("a", "b")]
     running = [asyncio.create_task(watcher.run()) for watcher in watchers]
     person = Person(box, seed)
     raws: dict[str, bytes] = {}
@@ -177,7 +214,7 @@ async def test_two_watchers_and_a_person(box: Box, seed: int) -> None:
             await asyncio.sleep(person.random.random() / 20)
     deadline = time.monotonic() + 40
     quiet = 0
-    while quiet < 16 and time.monotonic() < deadline:
+    while quiet < 18 and time.monotonic() < deadline:
         await asyncio.sleep(0.5)
         quiet = quiet + 1 if not any(message["Malote"] for message in box.client.messages()) else 0
     for watcher in watchers:

@@ -1,13 +1,14 @@
 """Two watchers of one mailbox: whose opened copy stays.
 
-The MOVE of the original decides (design, Incoming): whoever receives its COPYUID won and never takes its copy back. Whoever
+The MOVE of the original decides (design, Incoming): whoever receives its COPYUID won and keeps its copy. Whoever
 finds the original gone looks for it in the sealed folder. If it lies there and another watcher's copy of the same message is to
 be seen, that watcher won and our copy goes. If the original is elsewhere, a person moved or deleted it, and our copy stays.
 
 What that cannot decide at once is a *contest*: after a crash between MOVE and the note in the store; when a person takes the
-original from under two watchers, or files the winner's copy while the loser looks for it. It is settled later, when every loser
-that knows it has gone: the device with the greatest name yields first, any other one a while after it if there still are two.
-So two devices never yield to each other, and the one that won is not asked.
+original from under two watchers, or files the winner's copy while the loser looks for it; when a server lets two MOVEs of one
+message at the same moment both succeed (Dovecot 2.3 with Maildir does: each then finds the other's original in the sealed
+folder). It is settled later, when every loser that knows it has gone: the device with the greatest name yields first, any other
+one a while after it if there still are two. So two devices never yield to each other.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ that moment can no longer be called fresh.
 from __future__ import annotations
 
 import asyncio
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -22,6 +23,7 @@ from malote.store import Store
 from malote.store.records import FolderState
 
 RECORD_BATCH = 200      # messages fetched and recorded together
+MAX_SETTLED = 10_000    # payload digests of 32 bytes
 
 log = structlog.get_logger("malote.incoming")
 
@@ -48,6 +50,7 @@ class ForeignFolders:
         self._limits = limits
         self._clock = clock
         self._known: dict[bytes, _Known] = {}
+        self._settled: OrderedDict[bytes, None] = OrderedDict()
 
     def note_own(self, folder: Folder, uids: Sequence[int]) -> None:
         """We have moved messages there: they need not be fetched again."""
@@ -68,9 +71,16 @@ class ForeignFolders:
         known = self._known.get(folder.wire)
         return known.last_uid if known is not None else 0
 
+    def note_settled(self, payload_digest: bytes) -> None:
+        """Another device has opened this one, and ours was taken back: that its original turns up is expected."""
+        self._settled[payload_digest] = None
+        if len(self._settled) > MAX_SETTLED:
+            self._settled.popitem(last=False)
+
     async def record(self, session: Session, folders: Sequence[Folder]) -> list[Letter]:
-        """Record what is new. Returns the letters that a try of ours, which came to no end, had judged before."""
-        unfinished: list[Letter] = []
+        """Record what is new. Returns letters of which there may be two copies: a try of ours, which came to no end, had
+        judged it before; or we have moved the original away, and so has another device (see `arbiter`)."""
+        contested: list[Letter] = []
         for folder in folders:
             status = await session.box.status(folder)
             known = await self._compare(folder, status)
@@ -80,10 +90,10 @@ class ForeignFolders:
             if status.uidnext and status.uidnext == known.last_uid + 1:
                 await self._remember(folder, known)
                 continue
-            unfinished += await self._record_new(session, folder, known)
+            contested += await self._record_new(session, folder, known)
             known.messages = status.messages
             await self._remember(folder, known)
-        return unfinished
+        return contested
 
     async def look(self, session: Session, folder: Folder) -> set[bytes]:
         """Payload digests of what others have put into the folder since it was recorded last. Nothing is written down."""
@@ -133,11 +143,12 @@ class ForeignFolders:
         await session.enter(folder, fresh=True)
         new = await session.box.search_after(known.last_uid)
         wanted = [uid for uid in new if uid not in known.own]
-        unfinished: list[Letter] = []
+        contested: list[Letter] = []
+        twice = known.last_uid > 0 and folder.wire == self._sealed.wire     # not at a first look, which finds all there ever was
         done = 0
         async for batch, sizes in session.batches(wanted, messages=RECORD_BATCH):
             letters = await self._opener.open(await session.fetch_all(batch, sizes))
-            unfinished += await self._record(letter for letter in letters if letter.kind is Kind.OPENED)
+            contested += await self._record((letter for letter in letters if letter.kind is Kind.OPENED), twice=twice)
             known.last_uid = batch[-1]
             await self._remember(folder, known)
             done += len(batch)
@@ -146,18 +157,19 @@ class ForeignFolders:
                          total=len(wanted))
         known.last_uid = max(known.last_uid, new[-1] if new else 0)
         known.own = {uid for uid in known.own if uid > known.last_uid}
-        return unfinished
+        return contested
 
-    async def _record(self, letters: Iterable[Letter]) -> list[Letter]:
-        """Write down as delivered; returns those that a row of ours said were not."""
+    async def _record(self, letters: Iterable[Letter], *, twice: bool) -> list[Letter]:
+        """Write down as delivered; returns those that a row of ours said were not, and with `twice` those that it said were."""
         opened = [(letter, letter.opened) for letter in letters if letter.opened is not None]
         now_ms = self._clock()
         stored = await asyncio.gather(*(
             self._store.record_foreign(message.claim(self._account.name),
                                        Arrival(now_ms, letter.fetched.internal_date_ms, None), self._limits)
             for letter, message in opened))
-        return [letter for (letter, _), row in zip(opened, stored, strict=True)
-                if not row.first and row.judgement.verdict is not Verdict.DUPLICATE]
+        return [letter for (letter, message), row in zip(opened, stored, strict=True)
+                if not row.first and message.unsealed.payload_digest not in self._settled
+                and (twice or row.judgement.verdict is not Verdict.DUPLICATE)]
 
     async def _remember(self, folder: Folder, known: _Known) -> None:
         now_ms, account = self._clock(), self._account.name

@@ -117,7 +117,7 @@ class Receiver:
         return postponed
 
     async def catch_up(self, session: Session) -> None:
-        """Record what other devices have opened. What a try of ours had judged and did not finish may have two copies now."""
+        """Record what other devices have opened."""
         for letter in await self._foreign.record(session, (self._folders.sealed, self._folders.quarantine)):
             if letter.unsealed is not None:
                 self._contests.open(self._keys.mark(letter.unsealed.payload_digest, self._device).message, self._clock())
@@ -273,6 +273,7 @@ class Receiver:
                 self._contests.open(parcel.mark.message, self._clock())
             else:
                 await self._withdraw(session, copies)
+                self._foreign.note_settled(unsealed.payload_digest)
 
     async def _withdraw(self, session: Session, copies: Iterable[Copy]) -> None:
         for copy in copies:
