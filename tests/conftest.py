@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -20,9 +22,10 @@ USERS = [f"{name}@test.example" for name in ("alice", "bob", "carol", "dave", "e
 
 
 @pytest.fixture(scope="session")
-def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
-    """The place where a test starts servers of its own."""
-    with Lab(tmp_path_factory.mktemp("lab")) as lab:
+def lab() -> Iterator[Lab]:
+    """The place where a test starts servers of its own. Not below pytest's own directory: each pytest that starts closes that
+    to other users, also the users of servers that another pytest has running."""
+    with tempfile.TemporaryDirectory(prefix="malote-lab-", ignore_cleanup_errors=True) as root, Lab(Path(root)) as lab:
         yield lab
 
 

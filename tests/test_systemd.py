@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
+import smtplib
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from lab.daemon import MALOTE, Home, free_port, listener, rule, upstream
+from lab.daemon import MALOTE, Home, free_port, listener, upstream
+from lab.servers import HOST, PASSWORD, Lab, Postfix
 from malote.cli.settings import SYSTEM_CONFIG, SYSTEM_STORE
 from malote.config import KeysConfig
 from malote.errors import ExitCode
@@ -70,8 +73,9 @@ def test_the_units_fit_what_the_program_does() -> None:
     assert system["ExecStart"] == [f"/usr/bin/malote --config {SYSTEM_CONFIG} run"]
     assert Path("/var/lib", system["StateDirectory"][0]) == SYSTEM_STORE
     assert system["StateDirectoryMode"] == ["0700"]     # the store refuses a directory that others can enter
+    assert system["LoadCredential"][0].partition(":")[0] == KeysConfig().credential
+    assert "LoadCredential" not in user     # a person's passphrase is in a file of their own
     for unit in (system, user):
-        assert unit["LoadCredential"][0].partition(":")[0] == KeysConfig().credential
         assert unit["RestartPreventExitStatus"] == [str(int(ExitCode.CONFIG))]
         assert unit["Type"] == ["notify"]
         assert unit["UMask"] == ["0077"]
@@ -101,37 +105,93 @@ def test_state_and_credential_as_systemd_gives_them(home: Home, tmp_path: Path) 
     assert home.malote("keys", "rotate", "anna@example.org", environment=given).returncode == ExitCode.KEY
 
 
-def test_it_works_without_memory_that_is_written_and_executed(home: Home, tmp_path: Path) -> None:
+MDWE = f"""
+import ctypes, os, sys
+if ctypes.CDLL(None).prctl({PR_SET_MDWE}, {PR_MDWE_REFUSE_EXEC_GAIN}, 0, 0, 0):
+    sys.exit(99)
+os.execv(sys.argv[1], sys.argv[1:])
+"""
+SECCOMP = """
+import ctypes, os, sys
+seccomp = ctypes.CDLL("libseccomp.so.2")
+seccomp.seccomp_init.restype = ctypes.c_void_p
+context = ctypes.c_void_p(seccomp.seccomp_init(0x00050001))     # SCMP_ACT_ERRNO(EPERM), SystemCallErrorNumber=EPERM
+for name in os.environ.pop("ALLOWED").split():
+    number = seccomp.seccomp_syscall_resolve_name(name.encode())
+    if number >= 0 and seccomp.seccomp_rule_add(context, 0x7FFF0000, number, 0):
+        sys.exit(98)
+if seccomp.seccomp_load(context):
+    sys.exit(99)
+os.execv(sys.argv[1], sys.argv[1:])
+"""
+
+
+def works_when_started_by(home: Home, port: int, starter: tuple[str, ...], environment: dict[str, str]) -> None:
+    """Makes keys, seals, and runs the daemon, through which a mail is sent."""
+    command = (*starter, *MALOTE, "--config", str(home.config))
+    for arguments, stdin in ((("keys", "new", "alice@test.example"), b""),
+                             (("seal", "--to", "alice@test.example"), b"From: alice@test.example\r\n\r\ntext\r\n"),
+                             (("log",), b"")):
+        done = subprocess.run((*command, *arguments), input=stdin, capture_output=True, check=False, env=environment)
+        assert done.returncode == 0, done.stderr
+    daemon = home.daemon()
+    with daemon.log.open("wb") as log:
+        daemon.process = subprocess.Popen((*command, "run"), stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                                          env=environment | {"NOTIFY_SOCKET": str(home.root / "notify")})
+    with daemon:
+        with smtplib.SMTP(HOST, port) as client:
+            client.login("alice@test.example", PASSWORD)
+            client.sendmail("alice@test.example", ["alice@test.example"], b"From: alice@test.example\r\n\r\ntext\r\n")
+        daemon.reload()
+        assert daemon.stop() == 0, daemon.text()
+        assert [line["outcome"] for line in daemon.records("message")] == ["sealed"]
+
+
+@pytest.fixture
+def port(home: Home, lab: Lab, postfix: Postfix) -> int:
+    port = free_port()
+    home.configure(listener(port) + upstream(postfix.submission_port, lab.certificate))
+    return port
+
+
+def test_it_works_without_memory_that_is_written_and_executed(home: Home, port: int, tmp_path: Path) -> None:
     """MemoryDenyWriteExecute=yes: libraries that generate code, or callbacks by libffi, would fail only in production.
 
     The kernel's own switch where there is one (Linux 6.3), which is what systemd then uses too.
     """
-    if not _kernel_has_mdwe():
-        pytest.skip("this kernel has no PR_SET_MDWE")
     starter = tmp_path / "starter.py"
-    starter.write_text(f"""
-import ctypes, os, sys
-if ctypes.CDLL(None, use_errno=True).prctl({PR_SET_MDWE}, {PR_MDWE_REFUSE_EXEC_GAIN}, 0, 0, 0):
-    sys.exit(99)
-os.execv(sys.argv[1], sys.argv[1:])
-""")
+    starter.write_text(MDWE)
     asked = f"import ctypes, sys; sys.exit(ctypes.CDLL(None).prctl({PR_GET_MDWE}, 0, 0, 0, 0))"
     held = subprocess.run((sys.executable, str(starter), sys.executable, "-c", asked), check=False)
+    if held.returncode == 99:
+        pytest.skip("this kernel has no PR_SET_MDWE")
     assert held.returncode == PR_MDWE_REFUSE_EXEC_GAIN, "what is started does not have the restriction"
-    home.configure(listener(free_port()) + upstream(1, None) + rule("never"))
-    command = (sys.executable, str(starter), *MALOTE, "--config", str(home.config))
-    for arguments, stdin in ((("keys", "new", "anna@example.org"), b""),
-                             (("seal", "--to", "anna@example.org"), b"From: anna@example.org\r\n\r\ntext\r\n"),
-                             (("log",), b"")):
-        done = subprocess.run((*command, *arguments), input=stdin, capture_output=True, check=False)
-        assert done.returncode == 0, done.stderr
-    daemon = home.daemon()
-    daemon.process = subprocess.Popen((*command, "run"), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-                                      stderr=subprocess.DEVNULL, env={"NOTIFY_SOCKET": str(home.root / "notify")})
-    with daemon:
-        assert daemon.stop() == 0
+    works_when_started_by(home, port, (sys.executable, str(starter)), dict(os.environ))
 
 
-def _kernel_has_mdwe() -> bool:
-    probe = f"import ctypes,sys; sys.exit(ctypes.CDLL(None).prctl({PR_SET_MDWE}, {PR_MDWE_REFUSE_EXEC_GAIN}, 0, 0, 0) != 0)"
-    return subprocess.run([sys.executable, "-c", probe], check=False).returncode == 0
+@needs_systemd
+def test_it_works_with_the_system_calls_of_the_unit(home: Home, port: int, tmp_path: Path) -> None:
+    """SystemCallFilter= as systemd would compute it: a call that is missing would fail only in production."""
+    allowed: set[str] = set()
+    for value in settings(SYSTEM)["SystemCallFilter"]:
+        names = {name for group in value.removeprefix("~").split() for name in system_calls(group)}
+        allowed = allowed - names if value.startswith("~") else allowed | names
+    allowed |= system_calls("@default")     # always allowed by systemd
+    assert "mount" not in allowed
+    starter = tmp_path / "starter.py"
+    starter.write_text(SECCOMP)
+    environment = {**os.environ, "ALLOWED": " ".join(sorted(allowed))}
+    refused = subprocess.run((sys.executable, str(starter), sys.executable, "-c", "import os; os.nice(1)"), env=environment,
+                             capture_output=True, check=False)
+    if b"libseccomp" in refused.stderr:
+        pytest.skip("libseccomp is not installed")
+    assert b"PermissionError" in refused.stderr, "what is started does not have the filter"
+    works_when_started_by(home, port, (sys.executable, str(starter)), environment)
+
+
+def system_calls(group: str) -> set[str]:
+    if not group.startswith("@"):
+        return {group}
+    listed = subprocess.run(["systemd-analyze", "syscall-filter", group], capture_output=True, text=True, check=True)
+    names = [line.strip() for line in listed.stdout.splitlines()[1:] if not line.strip().startswith("#")]
+    return {each for name in names if name for each in system_calls(name)}

@@ -89,7 +89,10 @@ def init(context: click.Context, address: str, smtp: str | None, imap: str | Non
                                password_file=_quoted(str(password_file)), address=_quoted(address), deliver=_quoted(str(deliver)))
         if deliver == "maildir":
             text += f"maildir = {_quoted(str(maildir))}\n"
-    target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except OSError as error:
+        raise ConfigError(f"{target.parent}: cannot be made ({error.strerror})") from error
     if password:
         _write_private(password_file, password)
     _write_private(target, text)
