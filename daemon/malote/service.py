@@ -29,6 +29,7 @@ from malote.notify import notify, watchdog_seconds
 from malote.outgoing.budget import MemoryBudget
 from malote.outgoing.conversation import ServerSettings
 from malote.outgoing.listener import Connections, Listener, server_settings
+from malote.outgoing.memory import return_large_blocks
 from malote.outgoing.relay import Credentials, Upstream
 from malote.outgoing.sender import Sender
 from malote.outgoing.submission import Submissions
@@ -286,4 +287,5 @@ def run(config: Config, config_path: Path | None, store_path: Path, passphrase: 
     check_post_quantum()
     os.umask(0o077)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))    # private keys and plain text are in this memory: no core file
+    return_large_blocks()
     uvloop.run(serve(config, config_path, store_path, passphrase))
