@@ -103,3 +103,51 @@ async def test_serial_numbers_go_on_after_a_crash(tmp_path: Path) -> None:
         assert await verdicts(tmp_path, upstream, BOB) == ["FRESH"] * 2
 
 
+@pytest.mark.parametrize("step", [
+    "DATA 1", "DOT 1", "DOT! 1", pytest.param("QUIT 1", marks=pytest.mark.long), pytest.param("RCPT 1", marks=pytest.mark.long)])
+async def test_killed_while_mail_leaves_unsealed(tmp_path: Path, step: str) -> None:
+    """Not journaled beforehand. Nothing is lost; with the 250 under way it may come twice, the same bytes (RFC 1047)."""
+    name, number = step.split()
+    victim: list[asyncio.subprocess.Process] = []
+
+    def script(at: str, argument: str, count: int) -> Answer | bool:
+        if victim and (at, count) == (name, int(number)):
+            victim.pop().send_signal(signal.SIGKILL)
+        return False
+    recipients = ["nobody@test.example", "none@test.example"]
+    content = text(to=recipients[0])
+    async with Upstream(script) as upstream:
+        async with process(tmp_path, upstream) as (child, port):
+            victim.append(child)
+            code = await asyncio.to_thread(submit_or_lose, port, recipients, content)
+        victim.clear()
+        if code != 250:
+            async with process(tmp_path, upstream) as (_, port):
+                assert await asyncio.to_thread(submit_or_lose, port, recipients, content) == 250
+        assert all(message.recipients == recipients for message in upstream.messages)
+        bodies = {message.content.partition(b"+0000\r\n")[2] for message in upstream.messages}
+        assert len(bodies) == 1
+        assert len(upstream.messages) <= (1 if name in ("RCPT", "DATA") else 2)
+
+
+async def test_killed_before_acceptance_of_unsealed_mail_is_written(tmp_path: Path) -> None:
+    """Between the upstream's 250 and ours: the client comes again, and gets its 250."""
+    async with Upstream() as upstream:
+        async with process(tmp_path, upstream, die="before finish_send") as (child, port):
+            assert await asyncio.to_thread(submit_or_lose, port, ["nobody@test.example"], text()) == 0
+            assert await asyncio.wait_for(child.wait(), 20) == -signal.SIGKILL
+        async with process(tmp_path, upstream) as (_, port):
+            assert await asyncio.to_thread(submit_or_lose, port, ["nobody@test.example"], text()) == 250
+        first, second = (message.content.partition(b"+0000\r\n")[2] for message in upstream.messages)
+        assert first == second
+
+
+async def test_acceptance_of_unsealed_mail_survives(tmp_path: Path) -> None:
+    """Killed after it was written, before the client had its reply: sent once."""
+    async with Upstream() as upstream:
+        async with process(tmp_path, upstream, die="after finish_send") as (child, port):
+            await asyncio.to_thread(submit_or_lose, port, ["nobody@test.example"], text())
+            assert await asyncio.wait_for(child.wait(), 20) == -signal.SIGKILL
+        async with process(tmp_path, upstream) as (_, port):
+            assert await asyncio.to_thread(submit_or_lose, port, ["nobody@test.example"], text()) == 250
+        assert len(upstream.messages) == 1

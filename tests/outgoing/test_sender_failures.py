@@ -180,7 +180,8 @@ class Broken(Exception):
 
 
 PLACES: list[tuple[Any, str]] = [
-    (CardFinder, "find"), (Store, "cards"), (Store, "had_card"), (Store, "begin_send"), (Store, "finish_send"),
+    (CardFinder, "find"), (Store, "cards"), (Store, "had_card"), (Store, "begin_send"), (Store, "begin_plain"),
+    (Store, "finish_send"),
     (Store, "finish_send_later"), (Store, "local_key"), (Store, "outer_ids"), (Store, "remember_outer_id"),
     (Store, "log_outcome"),
     (submission, "prepare"), (submission, "complete"), (submission, "decide_recipient"), (submission, "decide_encrypted"),

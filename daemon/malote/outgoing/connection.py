@@ -64,6 +64,7 @@ class UpstreamConnection(asyncio.Protocol):
         self._greeting: asyncio.Future[Reply] = self._loop.create_future()
         self._out: list[bytes] = []
         self._timer: asyncio.TimerHandle | None = None
+        self._fires = 0.0               # loop time; uvloop's handle for "now" has no `when`
         self._deadline = 0.0
         self._writable: asyncio.Future[None] | None = None
         self._lost: UpstreamError | None = None
@@ -191,10 +192,14 @@ class UpstreamConnection(asyncio.Protocol):
 
     def _arm(self, seconds: float) -> None:
         self._deadline = self._loop.time() + seconds
-        if self._timer is None or self._timer.when() > self._deadline:
+        if self._timer is None or self._fires > self._deadline:
             if self._timer is not None:
                 self._timer.cancel()
-            self._timer = self._loop.call_at(self._deadline, self._tick)
+            self._set_timer()
+
+    def _set_timer(self) -> None:
+        self._fires = self._deadline
+        self._timer = self._loop.call_at(self._deadline, self._tick)
 
     def _tick(self) -> None:
         """The one timer: moved lazily, so that a command costs no timer of its own."""
@@ -204,7 +209,7 @@ class UpstreamConnection(asyncio.Protocol):
         if self._loop.time() >= self._deadline:
             self._fail("did not answer in time")
         else:
-            self._timer = self._loop.call_at(self._deadline, self._tick)
+            self._set_timer()
 
     def command(self, line: str, timeout: float | None = None) -> asyncio.Future[Reply]:
         """Send one command line; its reply comes in the future. Commands of one loop turn leave in one write."""

@@ -137,7 +137,7 @@ class Submissions:
                     turn = await stack.enter_async_context(self._inflight.turn(key))
             except TimeoutError:
                 raise MaloteError("an identical message took too long", reply=TOO_LATE) from None
-            plan = await self._begin(submitter, prepared.from_address, identity, digest, recipients)
+            plan = await self._begin(submitter, prepared, identity, digest, recipients)
             line.id = plan.submission_id.hex()
             letter = await self._letter(session, prepared, identity, recipients, plan, known)
             shown = prepared.to_cc
@@ -178,13 +178,20 @@ class Submissions:
 
     # write down
 
-    async def _begin(self, submitter: Submitter, from_address: str, identity: Identity | None, digest: bytes,
+    async def _begin(self, submitter: Submitter, prepared: Prepared, identity: Identity | None, digest: bytes,
                      recipients: Mapping[str, Recipient]) -> SendPlan:
+        from_address = prepared.from_address
         wanted = [SendRecipient(each.address, each.action is Action.SEAL) for each in recipients.values()]
         if self._blob_to_self(identity, from_address, recipients):
             wanted.append(SendRecipient(from_address, sealed=True))
         skid = identity.signing.public.id if identity is not None else b""
-        return await self._store.begin_send(SendIntent(submitter.login, from_address, skid, digest, wanted, self.clock_ms()))
+        intent = SendIntent(submitter.login, from_address, skid, digest, wanted, self.clock_ms())
+        if not any(each.sealed for each in wanted) and not prepared.needs_date and not prepared.needs_message_id:
+            # what leaves unsealed for all is one copy in one transaction, and its bytes need nothing from the journal
+            plan = self._store.begin_plain(intent)
+            if plan is not None:
+                return plan
+        return await self._store.begin_send(intent)
 
     def _blob_to_self(self, identity: Identity | None, from_address: str, recipients: Mapping[str, Recipient]) -> bool:
         return self.config.seal_to_self and identity is not None and from_address not in recipients

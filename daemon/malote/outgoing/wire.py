@@ -66,6 +66,7 @@ class ClientWire(asyncio.Protocol):
         self._phase = Phase.COMMAND
         self._deadline = 0.0
         self._timer: asyncio.TimerHandle | None = None
+        self._fires = 0.0               # loop time; uvloop's handle for "now" has no `when`
         self._fd = -1
         self._over_tls = False
         self._unread_reply = False      # a reply to a message is out whose reading is not proved yet
@@ -201,10 +202,14 @@ class ClientWire(asyncio.Protocol):
         """Begin a phase that may last that long. One timer handle serves all: it is moved when it fires."""
         self._phase = phase
         self._deadline = self.loop.time() + seconds
-        if self._timer is None or self._timer.when() > self._deadline:
+        if self._timer is None or self._fires > self._deadline:
             if self._timer is not None:
                 self._timer.cancel()
-            self._timer = self.loop.call_at(self._deadline, self._tick)
+            self._set_timer()
+
+    def _set_timer(self) -> None:
+        self._fires = self._deadline
+        self._timer = self.loop.call_at(self._deadline, self._tick)
 
     def stop_timer(self) -> None:
         if self._timer is not None:
@@ -214,7 +219,7 @@ class ClientWire(asyncio.Protocol):
     def _tick(self) -> None:
         self._timer = None
         if self.loop.time() < self._deadline:
-            self._timer = self.loop.call_at(self._deadline, self._tick)
+            self._set_timer()
         else:
             self.timed_out()
 

@@ -31,6 +31,12 @@ _WRITE = Statement(insert(journal).values({column: bindparam(column) for column 
     "state": bindparam("state"), "changed_at_ms": bindparam("changed_at_ms"), "stream": bindparam("stream"),
     "serial": bindparam("serial"), "prev": bindparam("prev"), "attempt": bindparam("attempt"),
 }))
+_KNOWN = Statement(select(journal.c.state).where(journal.c.key == bindparam("key")).limit(1))
+_ACCEPT_PLAIN = Statement(insert(journal).values({column: bindparam(column) for column in (
+    "key", "recipient", "state", "attempt", "submission_id", "first_at_ms", "changed_at_ms", "reply",
+)}).on_conflict_do_update(index_elements=["key", "recipient"], set_={
+    "state": bindparam("state"), "changed_at_ms": bindparam("changed_at_ms"), "reply": bindparam("reply"),
+}))
 _OUR_ROW = and_(
     journal.c.key == bindparam("at_key"), journal.c.recipient == bindparam("at_recipient"),
     journal.c.submission_id == bindparam("at_submission"),
@@ -124,6 +130,26 @@ def _plan_row(db: Db, recipient: SendRecipient, known: Row | None, stream: bytes
     return SendRow(recipient.address, state, True, stream, given[0], given[1], reply, attempt)
 
 
+def plan_plain(intent: SendIntent) -> SendPlan:
+    """A plan without rows, for a message of which all leaves unsealed."""
+    recipients = dict.fromkeys(recipient.address for recipient in intent.recipients)
+    rows = tuple(SendRow(address, SendState.NEW, False, b"", 0, 0, "", 1) for address in recipients)
+    return SendPlan(journal_key(intent), os.urandom(16), intent.now_ms, intent.now_ms, rows, journaled=False)
+
+
+def is_known(db: Db, key: bytes) -> bool:
+    """Whether anything of an earlier attempt is written down."""
+    return db.row(_KNOWN, {"key": key}) is not None
+
+
+def _finish_plain(db: Db, plan: SendPlan, outcomes: Mapping[str, tuple[Outcome, str]], now_ms: int) -> None:
+    """Only what was accepted matters later: what is in doubt and not sealed is sent again (RFC 1047)."""
+    db.many(_ACCEPT_PLAIN, [{
+        "key": plan.key, "recipient": address, "state": int(SendState.ACCEPTED), "attempt": 1, "reply": reply,
+        "submission_id": plan.submission_id, "first_at_ms": plan.first_at_ms, "changed_at_ms": now_ms,
+    } for address, (outcome, reply) in outcomes.items() if outcome is Outcome.ACCEPTED])
+
+
 def finish_send(db: Db, plan: SendPlan, outcomes: Mapping[str, tuple[Outcome, str]], now_ms: int) -> None:
     """Write down what became of each part; recipients not in `outcomes` stay in doubt.
 
@@ -131,6 +157,9 @@ def finish_send(db: Db, plan: SendPlan, outcomes: Mapping[str, tuple[Outcome, st
     earlier attempt stays in doubt, a new one is gone and its number burnt (the next `prev` skips it, so the receiver misses
     nothing).
     """
+    if not plan.journaled:
+        _finish_plain(db, plan, outcomes, now_ms)
+        return
     finished, undone, gone, accepted = [], [], [], []
     for row in plan.rows:
         outcome, reply = outcomes.get(row.address, (Outcome.IN_DOUBT, ""))

@@ -110,13 +110,17 @@ class SendRow:
 
 @dataclass(frozen=True, slots=True)
 class SendPlan:
-    """Durable: these numbers are given out to no other message, and what may be in doubt is written down."""
+    """Durable: these numbers are given out to no other message, and what may be in doubt is written down.
+
+    `journaled` False: nothing is written down, since nothing in it has a number (`Store.begin_plain`).
+    """
 
     key: bytes
     submission_id: bytes    # 16 random bytes: the manifest id; a retry keeps it
     first_at_ms: int        # first attempt: the Date of an original without one
     sent_at_ms: int         # the signed time of this attempt
     rows: tuple[SendRow, ...]
+    journaled: bool = True
 
     def row(self, address: str) -> SendRow:
         return next(row for row in self.rows if row.address == address)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sqlalchemy import bindparam, delete, func, or_, select, update
+from sqlalchemy import and_, bindparam, delete, func, literal, or_, select, update
 from sqlalchemy.dialects.postgresql import insert
 
 from malote.core.freshness import Arrival, Claim, FreshnessLimits, Judgement, SeenRow, SeenState, Verdict, decide_verdict
@@ -28,7 +28,11 @@ _SAME_ID = Statement(select(*_COLUMNS).where(
     seen.c.recipient == bindparam("recipient"), seen.c.manifest_id == bindparam("manifest_id"),
     seen.c.sender == bindparam("sender"),
 ).order_by(
-    (seen.c.original_mark == bindparam("original_mark")).desc(), (seen.c.id_held.is_not(None)).desc(), seen.c.row_id,
+    # first the same content, as far as `freshness.may_be_same` lets it stand for the claim; then what a conflict would be with
+    and_(seen.c.original_mark == bindparam("original_mark"), or_(
+        and_(literal(1) == bindparam("proven"), or_(seen.c.id_held.is_not(None), seen.c.verdict == str(Verdict.UNKNOWN_SENDER))),
+        and_(literal(0) == bindparam("proven"), or_(seen.c.id_held.is_(None), seen.c.delivered == 1)),
+    )).desc(), (seen.c.id_held.is_not(None)).desc(), seen.c.row_id,
 ).limit(1))
 _STREAM = (seen.c.recipient == bindparam("recipient"), seen.c.skid == bindparam("skid"), seen.c.stream == bindparam("stream"))
 _SAME_SERIAL = Statement(select(*_COLUMNS).where(*_STREAM, seen.c.serial_held == bindparam("serial")))
@@ -44,7 +48,7 @@ _INSERT = Statement(insert(seen).values({column: bindparam(column) for column in
 )}).on_conflict_do_nothing().returning(seen.c.row_id))
 _DELIVERED = Statement(update(seen).where(seen.c.row_id == bindparam("at_row")).values(delivered=1))
 _EXPIRE = Statement(delete(seen).where(seen.c.row_id.in_(
-    select(seen.c.row_id).where(seen.c.keep_from_ms < bindparam("before_ms")).limit(1000))))
+    select(seen.c.row_id).where(seen.c.keep_from_ms < bindparam("before_ms")).limit(1000))).returning(seen.c.keep_from_ms))
 _DISTRUST_MORE = Statement(insert(distrust).values(
     recipient=bindparam("recipient"), sender=bindparam("sender"), before_ms=bindparam("before_ms"),
 ).on_conflict_do_update(index_elements=["recipient", "sender"], set_={"before_ms": bindparam("before_ms")},
@@ -96,14 +100,21 @@ def add_distrust(db: Db, before_ms: int, recipient: str, sender: str) -> None:
 
 
 def expire_seen(db: Db, before_ms: int) -> int:
-    """Drop up to 1,000 rows judged and sent before; returns how many."""
-    return db.run(_EXPIRE, {"before_ms": before_ms})
+    """Drop up to 1,000 rows judged and sent before; returns how many.
+
+    What was sent by then is never FRESH again: a server could give it its old date, in a folder that it calls new.
+    """
+    dropped = [keep_from_ms for (keep_from_ms,) in db.rows(_EXPIRE, {"before_ms": before_ms})]
+    if dropped:
+        add_distrust(db, max(dropped), "", "")
+    return len(dropped)
 
 
 def _look_up(db: Db, mark: bytes, claim: Claim) -> SeenState:
     at = {
         "recipient": claim.recipient, "sender": claim.sender, "manifest_id": claim.manifest_id,
-        "payload_digest": claim.payload_digest, "original_mark": mark, "skid": claim.skid, "stream": claim.stream,
+        "payload_digest": claim.payload_key, "original_mark": mark, "skid": claim.skid, "stream": claim.stream,
+        "proven": int(claim.proven),
     }
     return SeenState(
         same_payload=_seen_row(db.row(_SAME_PAYLOAD, at), claim, mark),
@@ -144,7 +155,7 @@ def _values(claim: Claim, arrival: Arrival, judgement: Judgement, mark: bytes, *
     return {
         "recipient": claim.recipient, "sender": claim.sender, "manifest_id": claim.manifest_id,
         "id_held": 1 if judgement.holds_id else None, "skid": claim.skid, "stream": claim.stream,
-        "serial_held": _signed(claim.serial) if judgement.holds_serial else None, "payload_digest": claim.payload_digest,
+        "serial_held": _signed(claim.serial) if judgement.holds_serial else None, "payload_digest": claim.payload_key,
         "original_mark": mark, "verdict": str(judgement.verdict), "notes": " ".join(judgement.notes),
         "delivered": int(delivered), "judged_at_ms": arrival.now_ms,
         # a message signed for the future must be remembered until then, or it could come again as fresh

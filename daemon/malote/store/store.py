@@ -14,7 +14,8 @@ from malote.core.freshness import Arrival, Claim, FreshnessLimits, SeenRow
 from malote.core.primitives import hmac_sha256
 from malote.errors import StoreUnavailable
 from malote.store import accounts, cards, outbox, seen
-from malote.store.database import Db, check_place, make_engine, unavailable
+from malote.store.database import Db, Reader, check_place, make_engine, unavailable
+from malote.store.held import Held
 from malote.store.migrate import bring_up_to_date, check_version
 from malote.store.records import (
     Attempt,
@@ -47,8 +48,10 @@ class Store:
     was then done, and the next call tries anew.
     """
 
-    def __init__(self, writer: Writer, keys: Mapping[str, bytes]) -> None:
+    def __init__(self, writer: Writer, reader: Reader, keys: Mapping[str, bytes]) -> None:
         self._writer = writer
+        self._reader = reader
+        self._held = Held(writer)
         self._keys = dict(keys)
         self._cache = cards.CardCache()
         self._checked_at = 0.0
@@ -72,21 +75,24 @@ class Store:
             raise unavailable(error) from error
         try:
             if readonly:
-                return cls(writer, {})
+                return cls(writer, Reader(file), {})
             own_id = _machine_id() if machine_id is None else machine_id
             now_ms = time.time_ns() // 1_000_000
             keys = await writer.write(lambda db: _prepare(db, own_id, now_ms))
         except BaseException:
             await writer.close()
             raise
-        return cls(writer, keys)
+        return cls(writer, Reader(file), keys)
 
     async def close(self) -> None:
         """Write what is waiting and close the file."""
+        self._held.close()
+        self._reader.close()
         await self._writer.close()
 
     async def flush(self) -> None:
         """Return when everything submitted before is written, also what nobody waits for."""
+        self._held.release_all()
         await self._writer.write(lambda _db: None)
 
     # ---- cards and identities --------------------------------------------------------------------------------------------
@@ -177,10 +183,30 @@ class Store:
 
         Raises `ClockWrong`.
         """
+        self._held.release_plan(outbox.journal_key(intent))
         return await self._writer.write(lambda db: outbox.begin_send(db, intent))
+
+    def begin_plain(self, intent: SendIntent) -> SendPlan | None:
+        """A plan for a message that leaves unsealed for everybody, in one transaction; None: use `begin_send`.
+
+        It costs no commit, and gives the same promises as a journaled plan does for unsealed parts. A row "in doubt" of such a
+        part only says that it is sent again (RFC 1047), as if there were no row. What a retry must find is "accepted": in this
+        process it does from the moment of `finish_send_later` on (it is held here, then written in order before the retry's
+        own `begin_send`); in another process, or after a crash, once it is written, as with a journaled plan. And anything that
+        an earlier attempt wrote, by whatever process, is looked for here before any byte leaves: its rows are committed before
+        that attempt sent anything, or after it was answered. Where that look fails, or writing does, the answer is None.
+        """
+        if intent.now_ms < outbox.BUILD_DATE_MS or self._writer.failing:
+            return None
+        plan = outbox.plan_plain(intent)
+        if self._held.release_plan(plan.key) or self._reader.look(lambda db: outbox.is_known(db, plan.key)) is not False:
+            return None
+        return plan
 
     async def finish_send(self, plan: SendPlan, outcomes: Mapping[str, tuple[Outcome, str]], now_ms: int) -> None:
         """Outcome and the upstream's reply for each recipient; those left out stay in doubt. Durable when this returns."""
+        if not plan.journaled and not any(outcome is Outcome.ACCEPTED for outcome, _ in outcomes.values()):
+            return      # nothing that a retry would have to know
         await self._writer.write(lambda db: outbox.finish_send(db, plan, outcomes, now_ms))
 
     def finish_send_later(self, plan: SendPlan, outcomes: Mapping[str, tuple[Outcome, str]], now_ms: int) -> None:
@@ -188,7 +214,10 @@ class Store:
 
         Lost in a crash it leaves the rows in doubt, and nobody comes back for a message that was accepted.
         """
-        self._writer.later(lambda db: outbox.finish_send(db, plan, outcomes, now_ms))
+        if plan.journaled:
+            self._writer.later(lambda db: outbox.finish_send(db, plan, outcomes, now_ms))
+        else:
+            self._held.accept(plan, outcomes, now_ms)
 
     async def renew_streams(self) -> None:
         """Begin new numberings: for a store restored from a backup, or after the clock was wrong by days."""
@@ -197,7 +226,8 @@ class Store:
     def forget_send(self, plan: SendPlan) -> None:
         """The client has proved that it read our reply: the same bytes again are a new message. Not waited for, but before
         every `begin_send` that is called later."""
-        self._writer.later(lambda db: outbox.forget_send(db, plan))
+        if not self._held.forget(plan):
+            self._writer.later(lambda db: outbox.forget_send(db, plan))
 
     def remember_outer_id(self, inner_id: str, outer_id: str, now_ms: int) -> None:
         """The Message-ID of a sealed message, as others see it. Not waited for."""
@@ -251,10 +281,11 @@ class Store:
 
     def log_outcome(self, entry: OutcomeEntry) -> None:
         """One line for `malote log`. Not waited for."""
-        self._writer.later(lambda db: accounts.log_outcomes(db, (entry,)))
+        self._held.log(entry)
 
     async def recent_outcomes(self, limit: int = 100) -> list[OutcomeEntry]:
         """Newest first."""
+        self._held.release_all()
         return await self._writer.read(lambda db: accounts.recent_outcomes(db, limit))
 
     async def expire_journal(self, now_ms: int, retry_memory_hours: int = 24) -> int:

@@ -73,10 +73,15 @@ class Writer:
 
     def later(self, operation: Operation[object]) -> None:
         """Run with the next commit, or within half a second. For what may be lost in a crash; an outage is waited for."""
-        self._refuse_closed()
+        self.check_open()
         self._lazy.append(_Job(operation, None, None, write=True))
         if len(self._lazy) == 1:    # asked after appending: the thread, once woken, must find it
             self._queue.put(_Signal.NUDGE)
+
+    @property
+    def failing(self) -> bool:
+        """Whether the last write found the store full, locked, read-only or damaged."""
+        return self._failing
 
     async def close(self) -> None:
         """Finish what was submitted, then close the connection."""
@@ -86,13 +91,14 @@ class Writer:
         await asyncio.to_thread(self._thread.join)
 
     async def _submit(self, operation: Operation[T], *, write: bool) -> T:
-        self._refuse_closed()
+        self.check_open()
         loop = asyncio.get_running_loop()
         future: asyncio.Future[T] = loop.create_future()
         self._queue.put(_Job(operation, future, loop, write))
         return await future
 
-    def _refuse_closed(self) -> None:
+    def check_open(self) -> None:
+        """Raises `StoreUnavailable` after `close`."""
         if self._closed:
             raise StoreUnavailable("the store is closed")
 
