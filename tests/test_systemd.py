@@ -76,7 +76,7 @@ def test_the_units_fit_what_the_program_does() -> None:
     assert system["LoadCredential"][0].partition(":")[0] == KeysConfig().credential
     assert "LoadCredential" not in user     # a person's passphrase is in a file of their own
     for unit in (system, user):
-        assert unit["RestartPreventExitStatus"] == [str(int(ExitCode.CONFIG))]
+        assert unit["RestartPreventExitStatus"] == [f"{int(ExitCode.CONFIG)} {int(ExitCode.KEY)}"]
         assert unit["Type"] == ["notify"]
         assert unit["UMask"] == ["0077"]
         assert unit["LimitCORE"] == ["0"]

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import json
 import socket
+import time
 from pathlib import Path
 
 import pytest
 
 from lab.daemon import Home, account, free_port, listener, rule, upstream
 from lab.servers import HOST, PASSWORD, Dovecot, Lab, Postfix, make_certificate
+from malote.cli import probes
+from malote.cli.findings import State
+from malote.cli.keystore import describe, now_ms
+from malote.core.identity import new_identity
+from malote.core.keys import SignatureAlgorithm
 from malote.errors import ExitCode
+from malote.store import OutcomeEntry, Store
 
 ANNA = "alice@test.example"
 
@@ -139,3 +146,38 @@ def test_a_server_without_move_says_one_watcher_only(home: Home, lab: Lab) -> No
     _, findings = checked(home)
     assert "one watcher only" in findings["account box: server"]["text"]
     assert findings["account box: server"]["state"] == "warning"
+
+
+@pytest.mark.parametrize(("days_left", "state"), [(60, State.OK), (29, State.WARNING), (-1, State.FAULT)])
+def test_cards_are_warned_of_before_they_end(days_left: int, state: State) -> None:
+    """An expired card means that nobody can seal mail to its owner: it is said a month before."""
+    now = now_ms()
+    life_ms = describe(new_identity(ANNA, SignatureAlgorithm.ED25519, now).card, own=True)["usable_until_ms"] - now
+    card = new_identity(ANNA, SignatureAlgorithm.ED25519, now - life_ms + days_left * 86_400_000).card
+    finding = probes.card_lifetime(card)
+    assert finding.state is state
+    assert state is State.OK or "rotate" in finding.cure
+
+
+@pytest.mark.parametrize(("days", "state"), [(60, State.OK), (10, State.WARNING), (40_000, State.OK)])
+def test_certificates_are_warned_of_before_they_end(tmp_path: Path, days: int, state: State,
+                                                    monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both forms of dates that certificates have: two digits for the year up to 2049, four after."""
+    certificate, _ = make_certificate(tmp_path, days=days)
+    assert probes.certificate_lifetime("certificate", certificate).state is state
+    ended = time.time() + (days + 1) * 86_400
+    monkeypatch.setattr("malote.cli.probes.time.time", lambda: ended)
+    assert probes.certificate_lifetime("certificate", certificate).state is State.FAULT
+
+
+async def test_a_clock_that_went_back(tmp_path: Path) -> None:
+    """What the store has written down, and what lies in the mailbox, must not be from later than now."""
+    store = await Store.open(tmp_path / "store")
+    now = now_ms()
+    assert [each.state async for each in probes.clock_probe(store, {})] == [State.WARNING]
+    assert [each.state async for each in probes.clock_probe(store, {"box": now - 5_000})] == [State.OK]
+    assert [each.state async for each in probes.clock_probe(store, {"box": now + 3_600_000})] == [State.FAULT]
+    store.log_outcome(OutcomeEntry(at_ms=now + 3_600_000, direction="out", outcome="sealed"))
+    await store.flush()
+    assert [each.state async for each in probes.clock_probe(store, {"box": now})] == [State.FAULT]
+    await store.close()

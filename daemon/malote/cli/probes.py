@@ -67,7 +67,7 @@ async def keys_probe(store: Store, config: Config) -> Findings:
         return
     yield _unlock(header, records, config.keys)
     for record in records:
-        yield _lifetime(parse_card(record.card_raw))
+        yield card_lifetime(parse_card(record.card_raw))
     held = {record.address for record in records}
     for account in config.accounts:
         what = f"account {account.name}: keys"
@@ -110,7 +110,7 @@ def _has_terminal() -> bool:
     return True
 
 
-def _lifetime(card: Card) -> Finding:
+def card_lifetime(card: Card) -> Finding:
     what, entry = f"card of {card.address}", describe(card, own=True)
     until, cure = show_date(entry["usable_until_ms"]), f"malote keys rotate {card.address}, then send the new card"
     if entry["expired"]:
@@ -128,7 +128,7 @@ async def listener_probe(listener: ListenerConfig) -> Findings:
     yield _place(what, listener)
     try:
         if server_tls_context(listener) is not None and listener.certificate is not None:
-            yield _certificate(f"{what}: certificate", listener.certificate)
+            yield certificate_lifetime(f"{what}: certificate", listener.certificate)
         if listener.users_file is not None:
             load_users(listener.users_file)
             yield ok(f"{what}: users_file", "can be read")
@@ -180,7 +180,7 @@ def _greets_as_ours(listener: ListenerConfig) -> bool:
         return False
 
 
-def _certificate(what: str, path: Path) -> Finding:
+def certificate_lifetime(what: str, path: Path) -> Finding:
     text = path.read_text("ascii", "replace")
     pem = re.search(r"-----BEGIN CERTIFICATE-----.*?-----END CERTIFICATE-----", text, re.DOTALL)
     found = _VALIDITY.search(ssl.PEM_cert_to_DER_cert(pem[0])) if pem else None
