@@ -14,12 +14,13 @@ import structlog
 from lab.incoming import QUARANTINE, SEALED, Box, note, verdicts
 from lab.servers import PASSWORD, Lab
 from malote.core.identity import rotate
-from malote.errors import ConfigError, KeyMissing
+from malote.errors import ConfigError, KeyMissing, StoreUnavailable
 from malote.incoming import watcher as watcher_module
 from malote.incoming.account import account_keys
 from malote.incoming.mailbox import Mailbox
 from malote.incoming.session import BATCH_BYTES, Session, bounded
 from malote.incoming.watcher import Watcher, imap_day, now_ms
+from malote.store import Store
 
 DAY = 86_400_000
 
@@ -310,3 +311,26 @@ def test_batches_are_bounded() -> None:
 
 def test_imap_day() -> None:
     assert imap_day(1_767_744_000_000) == "7-Jan-2026"
+
+
+async def test_a_store_that_fails_for_a_while(box: Box, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Disk full or locked: nothing is delivered without its judgement being written down; later everything is, once."""
+    monkeypatch.setattr(watcher_module, "RECONNECT_FIRST_SECONDS", 0.01)
+    judge, failing = Store.judge, [True]
+    seen_in_inbox: list[list[str]] = []
+
+    async def full(self: Store, *arguments: object) -> object:
+        if failing:
+            failing.pop()
+            seen_in_inbox.append(verdicts(box.client.messages()))
+            raise StoreUnavailable("full")
+        return await judge(self, *arguments)        # type: ignore[arg-type]
+
+    monkeypatch.setattr(Store, "judge", full)
+    for _ in range(3):
+        box.client.put(box.seal())
+    async with running(await box.watcher(await box.open_store())):
+        await until(lambda: verdicts(box.client.messages()) == ["FRESH"] * 3)
+    assert seen_in_inbox == [["None"] * 3]
+    assert len(box.client.uids(SEALED)) == 3
+    assert box.client.uids(QUARANTINE) == []
