@@ -28,6 +28,7 @@ from malote.logs import configure_logs, hook_uncaught
 from malote.notify import notify, watchdog_seconds
 from malote.outgoing.budget import MemoryBudget
 from malote.outgoing.conversation import ServerSettings
+from malote.outgoing.inflight import InFlight
 from malote.outgoing.listener import Connections, Listener, server_settings
 from malote.outgoing.memory import return_large_blocks
 from malote.outgoing.relay import Credentials, Upstream
@@ -78,6 +79,7 @@ class Service:
     _listeners: dict[Place, Listener] = field(default_factory=dict)
     _connections: Connections = field(default_factory=lambda: Connections(0))
     _budget: MemoryBudget = field(default_factory=lambda: MemoryBudget(0))
+    _inflight: InFlight = field(default_factory=InFlight)
     _accounts: Accounts = field(init=False)
     _stop: asyncio.Event = field(default_factory=asyncio.Event)
     _reload: asyncio.Event = field(default_factory=asyncio.Event)
@@ -189,7 +191,7 @@ class Service:
 
         upstream = Upstream(upstream_config, credentials=credentials if upstream_config.username else None)
         submissions = Submissions(config=config.outgoing, limits=config.limits, store=self.store, host=self.host,
-                                  identities=lambda: self.keyring.identities, clock_ms=now_ms)
+                                  identities=lambda: self.keyring.identities, clock_ms=now_ms, inflight=self._inflight)
         desks = {
             listener.place: Sender(listener=listener, config=config.outgoing, upstream=upstream, submissions=submissions,
                              store=self.store, users=load_users(listener.users_file) if listener.users_file else Users())

@@ -73,10 +73,12 @@ class Finished:
 
 
 class Submissions:
-    """Sends messages for all listeners. `identities`: the unlocked ones by address, asked for each message. `clock_ms`: now."""
+    """Sends messages for all listeners. `identities`: the unlocked ones by address, asked for each message. `clock_ms`: now.
+    `inflight`: the one for the whole process, kept over a reload of the configuration."""
 
     def __init__(self, *, config: OutgoingConfig, limits: LimitsConfig, store: Store, host: str,
-                 identities: Callable[[], Mapping[str, Identity]], clock_ms: Callable[[], int]) -> None:
+                 identities: Callable[[], Mapping[str, Identity]], clock_ms: Callable[[], int],
+                 inflight: InFlight | None = None) -> None:
         self.config = config
         self.clock_ms = clock_ms
         self.cards = CardFinder(store)
@@ -84,7 +86,7 @@ class Submissions:
         self._store = store
         self._host = host
         self._identities = identities
-        self._inflight = InFlight()
+        self._inflight = inflight if inflight is not None else InFlight()
         self._executor = ThreadPoolExecutor(WORKERS, thread_name_prefix="malote-seal")
 
     def close(self) -> None:
