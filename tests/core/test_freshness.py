@@ -28,6 +28,7 @@ from malote.core.freshness import (
     SeenState,
     Verdict,
     decide_verdict,
+    may_be_same,
     sentence,
     show_span,
     show_time,
@@ -144,11 +145,11 @@ def test_only_proven_messages_hold_numbers() -> None:
 def test_crash_between_judgement_and_delivery(verdict: Verdict) -> None:
     """A message that was judged and not delivered is delivered with that judgement: neither lost nor judged anew."""
     row = replace(ROW, delivered=False, verdict=verdict, notes=(GAP,))
-    for seen in (
-        SeenState(same_payload=row),
-        SeenState(same_id=replace(row, payload_digest=b"q" * 32)),      # the first ciphertext may never come again
+    for claim, seen in (
+        (replace(CLAIM, signature="bad"), SeenState(same_payload=row)),
+        (CLAIM, SeenState(same_id=replace(row, payload_digest=b"q" * 32))),     # the first ciphertext may never come again
     ):
-        judgement = judge(replace(CLAIM, signature="bad"), seen)
+        judgement = judge(claim, seen)
         assert (judgement.verdict, judgement.notes, judgement.record, judgement.row_id) == (verdict, (GAP,), False, 7)
         assert judgement.quarantine == (verdict in QUARANTINED)
         assert judgement.deliver != judgement.quarantine
@@ -177,10 +178,12 @@ class Memory:
     def state(self, claim: Claim) -> SeenState:
         mine = [entry for entry in self.rows if entry[0].recipient == claim.recipient]
         same_id = [row for old, row, _ in mine if (old.sender, old.manifest_id) == (claim.sender, claim.manifest_id)]
-        same_id.sort(key=lambda row: (row.original_sha512 != claim.original_sha512, not row.holds_id))
+        same_id.sort(key=lambda row: (
+            row.original_sha512 != claim.original_sha512 or not may_be_same(claim, row), not row.holds_id,
+        ))
         held = {old.serial: row for old, row, held in mine if held and (old.skid, old.stream) == (claim.skid, claim.stream)}
         return SeenState(
-            same_payload=next((row for old, row, _ in mine if old.payload_digest == claim.payload_digest), None),
+            same_payload=next((row for old, row, _ in mine if old.payload_key == claim.payload_key), None),
             same_id=same_id[0] if same_id else None, same_serial=held.get(claim.serial),
             prev_seen=claim.prev in held, stream_known=bool(held),
         )
@@ -189,7 +192,7 @@ class Memory:
         judgement = decide_verdict(claim, Arrival(now_ms), self.state(claim), LIMITS)
         if judgement.record:
             row = SeenRow(
-                len(self.rows), claim.manifest_id, claim.payload_digest, claim.original_sha512, judgement.verdict,
+                len(self.rows), claim.manifest_id, claim.payload_key, claim.original_sha512, judgement.verdict,
                 judgement.notes, not crash, judgement.holds_id, now_ms,
             )
             self._check_unique(claim, judgement)
@@ -203,7 +206,7 @@ class Memory:
         """The unique keys of the store: the rule must never ask for an insert that they refuse."""
         for old, row, held in self.rows:
             if old.recipient == claim.recipient:
-                assert old.payload_digest != claim.payload_digest
+                assert old.payload_key != claim.payload_key
                 if judgement.holds_id and row.holds_id:
                     assert (old.sender, old.manifest_id) != (claim.sender, claim.manifest_id)
                 if judgement.holds_serial and held:
@@ -233,13 +236,13 @@ arrivals = st.lists(st.tuples(claims, st.booleans()), max_size=12)
 @given(arrivals)
 def test_nothing_delivered_is_fresh_again(order: list[tuple[Claim, bool]]) -> None:
     """Whatever comes in whatever order, with crashes between: once delivered, the same bytes are only ever DUPLICATE, and the
-    same id with the same original is never FRESH."""
+    same id with the same original is never FRESH. What was delivered as not proven can be: anybody may seal again what he got."""
     memory = Memory()
     done: set[tuple[str, bytes]] = set()
     originals: set[tuple[str, bytes, bytes]] = set()
     for claim, crash in order:
         judgement = memory.receive(claim, crash=crash)
-        key, original = (claim.recipient, claim.payload_digest), (claim.recipient, claim.manifest_id, claim.original_sha512)
+        key, original = (claim.recipient, claim.payload_key), (claim.recipient, claim.manifest_id, claim.original_sha512)
         if key in done:
             assert judgement.verdict is Verdict.DUPLICATE
         if original in originals:
@@ -249,7 +252,8 @@ def test_nothing_delivered_is_fresh_again(order: list[tuple[Claim, bool]]) -> No
         assert judgement.record != (judgement.row_id is not None)
         if not crash:
             done.add(key)
-            originals.add(original)
+            if judgement.verdict not in {Verdict.UNSIGNED, Verdict.NOT_FOR_ME, Verdict.DUPLICATE}:
+                originals.add(original)
 
 
 @given(arrivals)
@@ -262,10 +266,10 @@ def test_every_message_is_delivered_once(order: list[tuple[Claim, bool]]) -> Non
         judgement = memory.receive(claim, crash=crash)
         content = (claim.recipient, claim.manifest_id, claim.original_sha512)
         if judgement.verdict is Verdict.DUPLICATE:
-            assert content in delivered or (claim.recipient, claim.payload_digest) in payloads
+            assert content in delivered or (claim.recipient, claim.payload_key) in payloads
         if not crash:
             delivered.add(content)
-            payloads.add((claim.recipient, claim.payload_digest))
+            payloads.add((claim.recipient, claim.payload_key))
 
 
 @pytest.mark.parametrize("order", list(permutations(range(4))))
@@ -317,6 +321,24 @@ def test_a_forged_copy_before_the_genuine_one() -> None:
     assert memory.receive(forged).verdict is Verdict.UNSIGNED
     assert memory.receive(CLAIM).verdict is Verdict.FRESH
     assert memory.receive(forged).verdict is Verdict.DUPLICATE
+
+
+@pytest.mark.parametrize("parts", [
+    {"signature": "bad", "payload_digest": b"f" * 32},      # sealed again by a recipient, who cannot sign
+    {"signature": "revoked", "payload_digest": b"f" * 32},
+    {"addressed": False},                                   # the genuine bytes with a blob made by a co-recipient
+])
+def test_the_same_content_unproven_before_the_genuine_one(parts: dict[str, Any]) -> None:
+    """A co-recipient who is faster does not make the genuine message a repeat; nor is his copy delivered with its verdict."""
+    memory = Memory()
+    copy = replace(CLAIM, **parts)
+    assert memory.receive(copy).verdict in UNPROVEN
+    assert memory.receive(CLAIM, crash=True).verdict is Verdict.FRESH
+    other = replace(copy, payload_digest=b"g" * 32)
+    assert memory.receive(other).verdict in UNPROVEN | {Verdict.DUPLICATE}
+    assert memory.receive(CLAIM).verdict is Verdict.FRESH
+    for again in (CLAIM, copy, other):
+        assert memory.receive(again).verdict is Verdict.DUPLICATE
 
 
 # --- words

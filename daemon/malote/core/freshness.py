@@ -5,11 +5,11 @@ store found; it returns what to show, what to write down and where the message g
 
 What the store does, in one transaction:
 
-1. look up, for `claim.recipient`: the row with the same payload digest; the row of the same (sender, id), first the one whose
-   `original_sha512` is equal, else the one that *holds* the id; the row that holds (skid, stream, serial);
+1. look up, for `claim.recipient`: the row with the same `claim.payload_key`; the row of the same (sender, id), first one whose
+   `original_sha512` is equal and that `may_be_same`, else the one that *holds* the id; the row that holds (skid, stream, serial);
 2. call `decide_verdict`; 3. when `judgement.record`, insert a row with `delivered = no`, filled from the claim. It *holds* the id
    and the serial (takes part in the two unique keys, as non-NULL columns) only as `holds_id` and `holds_serial` say: a message
-   whose sender is not proven must never block the number of a genuine one. The payload digest is unique per recipient;
+   whose sender is not proven must never block the number of a genuine one. The payload key is unique per recipient;
 4. when not, `judgement.row_id` is the row that counts, and delivery marks that one.
 A clash on insert means that another writer was first: look up again and decide again.
 """
@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from typing import Literal
+
+from malote.core.primitives import sha256
 
 SignatureState = Literal["valid", "unknown-sender", "bad", "revoked"]
 
@@ -75,6 +77,17 @@ class Claim:
     addressed: bool                 # our blob is in the signed list of recipients, with one of our addresses
     from_matches: bool = True       # the From header of the original is the signer
 
+    @property
+    def proven(self) -> bool:
+        """The sender is who the card says, and wrote to this recipient."""
+        return self.signature == "valid" and self.addressed and self.from_matches
+
+    @property
+    def payload_key(self) -> bytes:
+        """Under which the sealed bytes are remembered. With a blob that the sender did not make they are another message: whoever
+        shares the session key can put such a blob on the genuine bytes, and must not make the genuine message a repeat."""
+        return self.payload_digest if self.addressed else sha256(b"not addressed\0", self.payload_digest)
+
 
 @dataclass(frozen=True, slots=True)
 class Arrival:
@@ -91,7 +104,7 @@ class SeenRow:
 
     row_id: int
     manifest_id: bytes
-    payload_digest: bytes
+    payload_digest: bytes           # the `payload_key` of its claim
     original_sha512: bytes
     verdict: Verdict
     notes: tuple[str, ...]
@@ -161,9 +174,22 @@ def _same_content(claim: Claim, seen: SeenState) -> SeenRow | None:
     """
     if seen.same_payload is not None:
         return seen.same_payload
-    if seen.same_id is not None and seen.same_id.original_sha512 == claim.original_sha512:
-        return seen.same_id
+    row = seen.same_id
+    if row is not None and row.original_sha512 == claim.original_sha512 and may_be_same(claim, row):
+        return row
     return None
+
+
+def may_be_same(claim: Claim, row: SeenRow) -> bool:
+    """Whether a row of other sealed bytes, with the id and original of this claim, may stand for it.
+
+    Any recipient can seal what he got once more, without a signature. That must neither make the genuine message a repeat, nor
+    be delivered with its verdict while it waits. First contact is the exception: without a card nothing was proven of the genuine
+    one either.
+    """
+    if claim.proven:
+        return row.holds_id or row.verdict is Verdict.UNKNOWN_SENDER
+    return row.delivered or not row.holds_id
 
 
 def _repeat(claim: Claim, row: SeenRow) -> Judgement:
@@ -171,7 +197,7 @@ def _repeat(claim: Claim, row: SeenRow) -> Judgement:
     if not row.delivered:
         quarantine = row.verdict in QUARANTINED
         return Judgement(row.verdict, row.notes, record=False, deliver=not quarantine, quarantine=quarantine, row_id=row.row_id)
-    if row.payload_digest == claim.payload_digest:
+    if row.payload_digest == claim.payload_key:
         return Judgement(Verdict.DUPLICATE, record=False, deliver=False, quarantine=True, row_id=row.row_id, first=row)
     return Judgement(Verdict.DUPLICATE, deliver=False, quarantine=True, first=row)
 
