@@ -12,6 +12,7 @@ import pytest
 from malote.config import RuleConfig
 from malote.core.open import Opened
 from malote.errors import Unreadable
+from malote.outgoing.desk import ClientSession
 from outgoing.harness import Gateway, Received, Upstream, opened, person, text, upstream_config
 
 ALICE, BOB, CAROL, DAVE, EVE = (person(f"{name}@test.example") for name in ("alice", "bob", "carol", "dave", "eve"))
@@ -242,3 +243,22 @@ async def test_lmtp_upstream_has_an_outcome_for_each_recipient(tmp_path: Path) -
     assert "Sent to bob@test.example" in done.data
     assert "NOT sent to carol@test.example" in done.data
     assert shape(upstream.messages) == [["bob"]]
+
+
+async def test_a_large_message_is_sealed_off_the_loop_and_its_submitted_bytes_are_given_back(tmp_path: Path) -> None:
+    """Above 64 KB hashing and sealing run in threads; a removed Bcc makes the hash read the body in place."""
+    content = bytearray(b"Bcc: dave@test.example\r\n" + text(body="x" * 70 + "\r\n" + "large\r\n" * 50_000))
+    wanted = bytes(content).split(b"\r\n", 1)[1]
+    async with Upstream() as upstream, gateway(tmp_path, upstream) as gw:
+        session = ClientSession("s1", "127.0.0.1")
+        await gw.desk.offer(session)
+        await gw.desk.mail(session, ALICE.address, {})
+        for each in (BOB, DAVE):
+            assert (await gw.desk.rcpt(session, each.address, {})).code == 250
+        assert (await gw.desk.data(session, content)).code == 250
+        assert len(content) == 0
+        await gw.desk.close(session)
+    readers = {each.address: each for each in (BOB, DAVE)}
+    assert len(upstream.messages) == 2
+    for message in upstream.messages:
+        assert opened(message.content, readers[message.recipients[0]], ALICE).original == wanted

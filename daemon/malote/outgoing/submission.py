@@ -176,7 +176,11 @@ class Submissions:
         parts = prepared.stripped_parts
         if len(prepared.submitted) <= INLINE_BYTES:
             return hmac_sha256(key, *parts)
-        return await asyncio.get_running_loop().run_in_executor(self._executor, lambda: hmac_sha256(key, *parts))
+        digest = await asyncio.get_running_loop().run_in_executor(self._executor, hmac_sha256, key, *parts)
+        for part in parts:      # the thread may hold it a moment longer, and the submitted bytes could not be given back
+            if isinstance(part, memoryview):
+                part.release()
+        return digest
 
     # write down
 

@@ -29,6 +29,7 @@ class Recipient:
     had_card: bool
     decision: Decision          # from the envelope alone, then from the content too
     action: Action | None = None    # final; None: not decided, and nothing may be sent
+    sent: asyncio.Future[Reply] | None = None       # RCPT left together with MAIL
     reply: asyncio.Future[Reply] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
 
     @property
@@ -76,7 +77,8 @@ class Transaction:
                 reply = opened
             else:
                 self._asked.append(recipient)
-                reply = await opened.rcpt(recipient.path, recipient.params)
+                sent = recipient.sent if recipient.sent is not None else opened.rcpt(recipient.path, recipient.params)
+                reply = await sent
         except BaseException as error:
             del self._recipients[recipient.address]
             if isinstance(error, UpstreamError):
@@ -111,9 +113,16 @@ class Transaction:
         size = estimated_size(self.params, sealed=sealed, fold=self._fold, limit=int(limit) if limit.isdigit() else 0)
         self.opened_params = mail_params(self.params, sealed=sealed, size=size, addresses=(self.sender, first.path),
                                          utf8_header=False, extensions=extensions)
-        connection, reply = await self.lane.begin(self.sender, self.opened_params)
+
+        def together(connection: UpstreamConnection) -> asyncio.Future[Reply]:
+            first.sent = connection.rcpt(first.path, first.params)
+            return first.sent
+
+        connection, reply = await self.lane.begin(self.sender, self.opened_params, together)
         if self._ended or reply.code // 100 != 2:
             await self.lane.release(connection)
+            if self._ended:
+                raise UpstreamError("the transaction was given up while it was being opened")
             return reply
         self._connection = connection
         return connection
