@@ -8,12 +8,16 @@ words and the places of the exception are kept, since libraries put what they we
 
 from __future__ import annotations
 
+import asyncio
+import atexit
+import json
 import logging
 import re
 import sys
 import threading
 from collections.abc import MutableMapping
-from typing import Any
+from contextlib import suppress
+from typing import Any, TextIO
 
 import structlog
 
@@ -23,11 +27,65 @@ ADDRESS_FIELDS = ("address", "addresses", "sender", "recipient", "recipients", "
 # aiosmtpd logs DATA lines and AUTH on "mail.log" and "mail.debug", aioimaplib each chunk received on its own
 SILENCED = ("mail.log", "mail.debug", "mail", "aioimaplib", "asyncio", "sqlalchemy", "alembic")
 OURS = "malote"
+HOLD_SECONDS = 0.05     # how long lines wait on a busy event loop for others: writing each costs more than making it
 _WORDS = re.compile(r"[A-Za-z][A-Za-z ,-]{0,59}")      # ends before the first value: a repr, a quote, a number
 
 
-def configure_logs(config: LogConfig) -> None:
-    """Set up structlog and the standard library's logging; may be called again (SIGHUP)."""
+class Lines:
+    """Where the lines go. With `held`, those from the event loop up to `info` leave together, shortly after, in order; what is
+    worse leaves at once, and so does everything at the end of the process. A crash can lose lines that were held, no message."""
+
+    def __init__(self, file: TextIO, *, held: bool) -> None:
+        self._file = file
+        self._held = held
+        self._lines: list[str] = []
+        self._lock = threading.RLock()     # a destructor may log while a line is being written
+        self._waiting = False
+
+    def say(self, line: str) -> None:
+        loop = asyncio._get_running_loop() if self._held else None      # None in other threads
+        if loop is None:
+            self.urgent(line)
+            return
+        with self._lock:
+            self._lines.append(line)
+        if not self._waiting:
+            self._waiting = True
+            loop.call_later(HOLD_SECONDS, self.flush)
+
+    def urgent(self, line: str) -> None:
+        with self._lock:
+            self._lines.append(line)
+            self.flush()
+
+    def flush(self) -> None:
+        self._waiting = False
+        with self._lock, suppress(OSError):     # a log that cannot be written does not stop the mail
+            lines, self._lines = self._lines, []
+            if lines:
+                self._file.write("\n".join(lines) + "\n")
+                self._file.flush()
+
+    debug = info = msg = log = say      # structlog calls the method of the level
+    warning = warn = error = err = critical = fatal = failure = exception = urgent
+
+
+_lines: Lines | None = None
+_encode = json.JSONEncoder(default=repr).encode     # made once: json.dumps with a default makes one for each line
+
+
+@atexit.register
+def flush_logs() -> None:
+    """Write the lines that are held."""
+    if _lines is not None:
+        _lines.flush()
+
+
+def configure_logs(config: LogConfig, *, held: bool = False) -> None:
+    """Set up structlog and the standard library's logging; may be called again (SIGHUP). `held`: see `Lines`."""
+    global _lines
+    flush_logs()
+    lines = _lines = Lines(sys.stderr, held=held)
     level = getattr(logging, config.level.upper())
     text = config.format == "text" or (config.format == "auto" and sys.stderr.isatty())
     processors: list[Any] = [
@@ -38,11 +96,12 @@ def configure_logs(config: LogConfig) -> None:
     if not config.addresses:
         processors.append(_drop_addresses)
     processors.append(_name_exceptions)
-    processors.append(structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty()) if text else structlog.processors.JSONRenderer())
+    processors.append(structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty()) if text
+                      else structlog.processors.JSONRenderer(serializer=lambda event, **_: _encode(event)))
     structlog.configure(
         processors=processors,
         wrapper_class=structlog.make_filtering_bound_logger(level),
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        logger_factory=lambda *_: lines,
         cache_logger_on_first_use=False,
     )
     logging.basicConfig(level=logging.WARNING, handlers=[_IntoOurs()], force=True)

@@ -222,7 +222,7 @@ class Service:
                 log.warning("a change of this section needs a restart", section=section)
         await self.keyring.refresh()
         await self._apply(config)
-        configure_logs(config.log)
+        configure_logs(config.log, held=True)
         log.info("reloaded", accounts=self._accounts.names, listeners=len(self._listeners))
 
     async def _follow_keys(self) -> None:
@@ -284,7 +284,7 @@ async def serve(config: Config, config_path: Path | None, store_path: Path, pass
 def run(config: Config, config_path: Path | None, store_path: Path, passphrase: Callable[[], bytes]) -> None:
     """Check, start, and return when told to stop. Raises `MaloteError` if it cannot start."""
     check_config(config, config_path)
-    configure_logs(config.log)
+    configure_logs(config.log, held=True)
     hook_uncaught()
     check_post_quantum()
     os.umask(0o077)
