@@ -13,6 +13,7 @@ import ipaddress
 import ssl
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import cast
 
@@ -22,6 +23,8 @@ from malote.outgoing.smtp_data import stuff
 
 Challenge = Callable[[bytes], Awaitable["bytes | None"]]
 Params = Mapping[str, "str | bool"]
+
+Then = Callable[["UpstreamConnection"], "asyncio.Future[Reply]"]
 
 BLOCK_BYTES = 256 * 1024    # one write of a message body; the block timer of RFC 5321 4.5.3.2.5 restarts with each
 HIGH_WATER_BYTES = 512 * 1024
@@ -309,6 +312,17 @@ class UpstreamConnection(asyncio.Protocol):
         self.transactions += 1
         self._rcpts = []
         return self.command(f"MAIL FROM:<{address}>{_parameters(params)}")
+
+    async def begin(self, address: str, params: Params, then: Then | None = None) -> Reply:
+        """MAIL FROM, and its reply. `then` gives a RCPT for the same packet; it is called only where the server offers PIPELINING
+        (RFC 2920). After a refusal the reply to that RCPT, which means nothing, has been read. Raises `UpstreamError`."""
+        mail = self.mail(address, params)
+        rcpt = then(self) if then is not None and not mail.done() and "PIPELINING" in self.extensions else None
+        reply = await mail
+        if rcpt is not None and reply.code // 100 != 2 and reply.code != 421:
+            with suppress(UpstreamError):       # the connection ended with the refusal, which stands
+                await rcpt
+        return reply
 
     def rcpt(self, address: str, params: Params) -> asyncio.Future[Reply]:
         """RCPT TO, pipelined: the future gives the reply of this recipient."""

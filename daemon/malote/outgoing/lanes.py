@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Protocol
 
 from malote.errors import Reply, UpstreamError
+from malote.outgoing.connection import Then
 from malote.outgoing.desk import Params
 from malote.outgoing.relay import Upstream, UpstreamConnection
 
@@ -23,8 +24,9 @@ class Lane(Protocol):
         """What the server offered when it was last asked; empty if that has not been yet."""
         ...
 
-    async def begin(self, address: str, params: Params) -> tuple[UpstreamConnection, Reply]:
-        """A connection and the server's reply to MAIL, whatever it is. Raises `UpstreamError`."""
+    async def begin(self, address: str, params: Params, then: Then | None = None) -> tuple[UpstreamConnection, Reply]:
+        """A connection and the server's reply to MAIL, whatever it is. `then` may give a RCPT to be sent with it, see
+        `UpstreamConnection.begin`. Raises `UpstreamError`."""
         ...
 
     async def release(self, connection: UpstreamConnection) -> None:
@@ -40,8 +42,8 @@ class PooledLane:
         self.width = width
         self.extensions: Mapping[str, str] = {}
 
-    async def begin(self, address: str, params: Params) -> tuple[UpstreamConnection, Reply]:
-        connection, reply = await self._upstream.begin(address, params)
+    async def begin(self, address: str, params: Params, then: Then | None = None) -> tuple[UpstreamConnection, Reply]:
+        connection, reply = await self._upstream.begin(address, params, then)
         self.extensions = connection.extensions
         return connection, reply
 
@@ -69,10 +71,10 @@ class OwnLane:
     def extensions(self) -> Mapping[str, str]:
         return self.connection.extensions
 
-    async def begin(self, address: str, params: Params) -> tuple[UpstreamConnection, Reply]:
+    async def begin(self, address: str, params: Params, then: Then | None = None) -> tuple[UpstreamConnection, Reply]:
         if not self.connection.usable:
             raise UpstreamError("the connection of this session to the next mail server is lost", reply=_LOST)
-        return self.connection, await self.connection.mail(address, params)
+        return self.connection, await self.connection.begin(address, params, then)
 
     async def release(self, connection: UpstreamConnection) -> None:
         if connection.usable and connection.in_transaction:

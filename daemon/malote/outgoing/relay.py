@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable, Mapping
 
 from malote.config import Security, UpstreamConfig
 from malote.errors import ConfigError, Reply, UpstreamError
-from malote.outgoing.connection import IN_DOUBT, Timeouts, UpstreamConnection, tls_fault
+from malote.outgoing.connection import IN_DOUBT, Then, Timeouts, UpstreamConnection, tls_fault
 from malote.outgoing.pool import Pool
 from malote.outgoing.replies import check_reply
 from malote.outgoing.sasl import Credentials, login
@@ -105,8 +105,11 @@ class Upstream:
         connection, _ = await self._pool.acquire()
         return connection
 
-    async def begin(self, address: str, params: Params) -> tuple[UpstreamConnection, Reply]:
-        """A pooled connection with the server's reply to MAIL, whatever it is. Release the connection afterwards.
+    async def begin(
+        self, address: str, params: Params, then: Then | None = None,
+    ) -> tuple[UpstreamConnection, Reply]:
+        """A pooled connection with the server's reply to MAIL, whatever it is. Release the connection afterwards. `then`: see
+        `UpstreamConnection.begin`; called again where MAIL is tried again.
 
         A kept connection may have been closed by the server meanwhile: then, as nothing has been accepted yet, MAIL is tried
         once more on a new one. Raises `UpstreamError`.
@@ -114,7 +117,7 @@ class Upstream:
         connection, used_before = await self._pool.acquire()
         try:
             try:
-                reply = await connection.mail(address, params)
+                reply = await connection.begin(address, params, then)
                 if not (used_before and reply.code == 421):
                     return connection, reply
             except UpstreamError:
@@ -128,7 +131,7 @@ class Upstream:
         await self._pool.release(connection)
         connection, _ = await self._pool.acquire(fresh=True)
         try:
-            return connection, await connection.mail(address, params)
+            return connection, await connection.begin(address, params, then)
         except BaseException:
             connection.abort()
             await self._pool.release(connection)

@@ -29,7 +29,6 @@ class Recipient:
     had_card: bool
     decision: Decision          # from the envelope alone, then from the content too
     action: Action | None = None    # final; None: not decided, and nothing may be sent
-    sent: asyncio.Future[Reply] | None = None       # RCPT left together with MAIL
     reply: asyncio.Future[Reply] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
 
     @property
@@ -52,6 +51,7 @@ class Transaction:
         self._asked: list[Recipient] = []               # in the order of their RCPT at the upstream server
         self._opening: asyncio.Future[UpstreamConnection | Reply] | None = None
         self._connection: UpstreamConnection | None = None
+        self._together: asyncio.Future[Reply] | None = None     # RCPT of the first recipient, sent with MAIL
         self._ended = False
 
     @property
@@ -77,8 +77,8 @@ class Transaction:
                 reply = opened
             else:
                 self._asked.append(recipient)
-                sent = recipient.sent if recipient.sent is not None else opened.rcpt(recipient.path, recipient.params)
-                reply = await sent
+                together, self._together = self._together, None
+                reply = await (together or opened.rcpt(recipient.path, recipient.params))
         except BaseException as error:
             del self._recipients[recipient.address]
             if isinstance(error, UpstreamError):
@@ -114,17 +114,20 @@ class Transaction:
         self.opened_params = mail_params(self.params, sealed=sealed, size=size, addresses=(self.sender, first.path),
                                          utf8_header=False, extensions=extensions)
 
-        def together(connection: UpstreamConnection) -> asyncio.Future[Reply]:
-            first.sent = connection.rcpt(first.path, first.params)
-            return first.sent
+        sent: dict[UpstreamConnection, asyncio.Future[Reply]] = {}      # a kept connection may be lost, then MAIL goes to another
 
-        connection, reply = await self.lane.begin(self.sender, self.opened_params, together)
+        def rcpt(connection: UpstreamConnection) -> asyncio.Future[Reply]:
+            sent[connection] = connection.rcpt(first.path, first.params)
+            return sent[connection]
+
+        connection, reply = await self.lane.begin(self.sender, self.opened_params, rcpt)
         if self._ended or reply.code // 100 != 2:
             await self.lane.release(connection)
             if self._ended:
                 raise UpstreamError("the transaction was given up while it was being opened")
             return reply
         self._connection = connection
+        self._together = sent.get(connection)
         return connection
 
     async def end(self) -> None:
