@@ -111,6 +111,7 @@ def test_the_body_is_copied_once() -> None:
     (b"", "has no From"),
     (b"From: a@a.example\r\nfrom : b@a.example\r\n", "has 2 From fields"),
     (b"From: a@a.example, b@a.example\r\n", "names 2 mailboxes"),
+    (b"From: a@a.example,\r\n", "is a list"),
     (b"From: Team: a@a.example;\r\n", "names a group"),
     (b"From: Team:;\r\n", "names a group"),
     (b"From:\r\n", "names 0 mailboxes"),

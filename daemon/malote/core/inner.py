@@ -9,7 +9,7 @@ import re
 from dataclasses import dataclass
 
 from malote.core.address import parse_mailboxes
-from malote.core.message import Bytes, Field, header_fields, values
+from malote.core.message import Bytes, Field, header_fields, mask, values
 from malote.errors import FormatError
 
 _MESSAGE_ID = re.compile(rb"[\x21-\x7e][\x20-\x7e]{0,997}")
@@ -37,11 +37,14 @@ def _message_id(fields: list[Field]) -> str:
 
 
 def _from_address(fields: list[Field]) -> str | None:
-    """The one mailbox of the one From field, if no line of the header holds an odd line end."""
+    """The one mailbox of the one From field, if no line of the header holds an odd line end.
+
+    No list and no group, even with one member: `"bob@b.example": alice@a.example;` is shown by programs in as many ways.
+    """
     if any(_ODD.search(field.raw) for field in fields):
         return None
     found = values(fields, "from")
-    if len(found) != 1:
+    if len(found) != 1 or any(mark in mask(found[0]) for mark in (b",", b";")):
         return None
     try:
         mailboxes = parse_mailboxes(found[0])

@@ -332,6 +332,8 @@ def _author(raw_values: Iterable[bytes]) -> str:
         raise refusal("The From field is not an address") from error
     if len(addresses) != 1:
         raise refusal(f"The From field names {len(addresses)} mailboxes, not one")
+    if b"," in value and b"," in mask(value):       # a list of one: no receiver would take it for one person (`inner`)
+        raise refusal("The From field is a list, not one mailbox")
     return addresses[0]
 
 
