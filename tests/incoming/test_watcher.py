@@ -14,10 +14,10 @@ import structlog
 from lab.incoming import QUARANTINE, SEALED, Box, note, verdicts
 from lab.servers import PASSWORD, Lab
 from malote.core.identity import rotate
-from malote.errors import ConfigError, KeyMissing, StoreUnavailable
+from malote.errors import ConfigError, KeyMissing, MailboxError, StoreUnavailable
 from malote.incoming import watcher as watcher_module
 from malote.incoming.account import account_keys
-from malote.incoming.mailbox import Mailbox
+from malote.incoming.mailbox import Folder, Mailbox
 from malote.incoming.session import BATCH_BYTES, Session, bounded
 from malote.incoming.watcher import Watcher, imap_day, now_ms
 from malote.store import Store
@@ -334,3 +334,22 @@ async def test_a_store_that_fails_for_a_while(box: Box, monkeypatch: pytest.Monk
     assert seen_in_inbox == [["None"] * 3]
     assert len(box.client.uids(SEALED)) == 3
     assert box.client.uids(QUARANTINE) == []
+
+
+async def test_a_folder_that_cannot_be_read_does_not_stop_the_others(box: Box, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No permission, a damaged index: said in the log, and the other folders are looked at all the same."""
+    enter = Session.enter
+
+    async def refused(self: Session, folder: Folder, *, fresh: bool = False) -> object:
+        if folder.name == "Spam":
+            raise MailboxError("refused", code="NOPERM")
+        return await enter(self, folder, fresh=fresh)
+
+    monkeypatch.setattr(Session, "enter", refused)
+    box.client.put(box.seal())
+    watcher = await box.watcher(await box.open_store(), folders=("\\Junk", "INBOX"))
+    with structlog.testing.capture_logs() as logs:
+        await watcher.run_once()
+    assert verdicts(box.client.messages()) == ["FRESH"]
+    assert [line["code"] for line in logs if line["event"] == "folder not available"] == ["NOPERM"]
+    assert watcher.last_error

@@ -130,10 +130,7 @@ class Watcher:
     # --- one connection ---
 
     async def _connection(self, *, once: bool = False) -> None:
-        keys = self._keys()
-        if not keys.pairs:
-            raise KeyMissing(f"account {self.account.name}: there is no key for any of its addresses",
-                             hint="malote keys new ADDRESS, or set `addresses` of the account")
+        keys = self._held_keys()
         self.state = "connecting"
         box = await Mailbox.connect(self.account, password=self._password, ssl_context=self._ssl_context)
         try:
@@ -145,19 +142,27 @@ class Watcher:
             receiver, foreign = self._receiver(folders, keys)
             while not self._stopping.is_set():
                 self.state = "catching up"
+                self.last_error = ""
                 await self._look(session, folders, receiver, keys)
                 await self._retain(session, folders.sealed, foreign)
-                self.last_error = ""
                 if once or self._stopping.is_set():
                     break
                 self.state = "watching"
                 await self._wait(session, folders.watched, keys)
                 if self._keys().generation != keys.generation:
-                    keys = self._keys()
+                    keys = self._held_keys()
                     receiver, foreign = self._receiver(folders, keys)
         finally:
             self._wake = _nothing
             await box.logout()
+
+    def _held_keys(self) -> AccountKeys:
+        """Without any we could not tell our own headers from forged ones, so nothing is looked at."""
+        keys = self._keys()
+        if not keys.pairs:
+            raise KeyMissing(f"account {self.account.name}: there is no key for any of its addresses",
+                             hint="malote keys new ADDRESS, or set `addresses` of the account")
+        return keys
 
     def _receiver(self, folders: Folders, keys: AccountKeys) -> tuple[Receiver, ForeignFolders]:
         opener = Opener(self._store, keys)
@@ -182,8 +187,15 @@ class Watcher:
         """Everything new in every folder, and what waits to be tried again."""
         await receiver.catch_up(session)
         for folder in folders.watched:
-            if not self._stopping.is_set():
+            if self._stopping.is_set():
+                break
+            try:
                 await self._look_at(session, folder, receiver, keys)
+            except MailboxError as error:       # one folder that cannot be read does not stop the others
+                if session.box.lost.is_set():
+                    raise
+                self.last_error = str(error)
+                log.warning("folder not available", account=self.account.name, folder=folder.name, code=error.code)
         await receiver.settle_contests(session)
         await receiver.catch_up(session)    # what we have moved ourselves is remembered: it must still be there next time
 
@@ -261,9 +273,10 @@ class Watcher:
     # --- waiting ---
 
     async def _wait(self, session: Session, watched: Sequence[Folder], keys: AccountKeys) -> None:
-        """For news of the first folder; the others are looked at every `poll_seconds` (IDLE hears one folder only)."""
+        """For news of the first folder. The others are looked at every `poll_seconds` (IDLE hears one folder only), and so is one
+        that could not be read."""
         seconds = self.account.idle_seconds
-        if len(watched) > 1 or not session.box.has_idle:
+        if len(watched) > 1 or not session.box.has_idle or self.last_error:
             seconds = min(seconds, self.account.poll_seconds)
         for at_ms in (self._contests.next_ms(), await self._next_attempt_ms(watched)):
             if at_ms is not None:
