@@ -403,6 +403,8 @@ def unfold(folded: bytes, size: int) -> bytes:
 def original_of(m: dict[str, Any], body: bytes) -> bytes:
     size = m["size"]
     if "deflate" in m["enc"]:
+        if size > 64 * 1024 * 1024:
+            raise Refusal("over limit")
         body = inflate(body, size + 12_292 if m["enc"] == "fold+deflate" else size)
     if m["enc"].startswith("fold"):
         body = unfold(body, size)

@@ -21,6 +21,7 @@ from lab.envelope import (
     seal_for,
 )
 from malote.core import blob, payload
+from malote.core import open as opening
 from malote.core.manifest import parse_manifest, serialize_manifest
 from malote.core.open import authenticate, unseal
 from malote.core.parts import FoundKeyBlob, FoundParts, FoundPayload, find_parts
@@ -143,6 +144,16 @@ def test_deflated_bodies_are_read_and_bounded() -> None:
     for bad in (envelope.body + b"x", envelope.body[:-3], deflated(original + b"x"), deflated(bytes(50_000_000))):
         envelope.body = bad
         assert refused(envelope.raw()).startswith("original failure")
+
+
+@pytest.mark.parametrize("encoding", ["deflate", "fold+deflate"])
+def test_a_compressed_bomb_is_not_written_out(encoding: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """4 MB that anybody can send would be 4 GB of memory before the signature is looked at: its claim is enough to refuse it."""
+    monkeypatch.setattr(opening, "_inflate", lambda *_: pytest.fail("was written out"))
+    envelope = Envelope(message()).add(BOB)
+    envelope.members |= {"enc": encoding, "size": opening.MAX_INFLATED_BYTES + 1}
+    envelope.body = deflated(bytes(1000))
+    assert refused(envelope.raw()).startswith("over limit")
 
 
 def test_a_limit_on_the_size_of_the_original() -> None:

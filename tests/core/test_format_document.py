@@ -7,11 +7,14 @@ import json
 import re
 from pathlib import Path
 
-from malote.core import blob, parts, payload, primitives
+from malote.core import blob, manifest, parts, payload, primitives
 from malote.core import open as opening
-from malote.core.card import parse_card
-from malote.core.fold import MAX_SPANS, MAX_TABLE_BYTES
+from malote.core.address import MAX_LOCAL_BYTES
+from malote.core.card import MAX_CARD_BYTES, MAX_CARD_KEYS, parse_card
+from malote.core.fold import MAX_SIZE, MAX_SPANS, MAX_TABLE_BYTES, MAX_WIDTH
+from malote.core.freshness import DAY_MS, FreshnessLimits
 from malote.core.keys import DecryptionKey
+from malote.core.message import MAX_HEADER_BYTES, MAX_HEADER_FIELDS
 from malote.core.parts import find_parts
 from malote.core.seal import NOTE
 
@@ -62,3 +65,22 @@ def test_the_note_and_the_limits_are_those_of_the_code() -> None:
         f"mlen > {payload.MAX_MANIFEST_BYTES // 1024} KiB, slen > {payload.MAX_SIGNATURE_BYTES // 1024} KiB",
     ):
         assert row in TEXT, row
+
+
+def test_the_other_numbers_are_those_of_the_code() -> None:
+    """Sizes, counts and times that stand in running text."""
+    limits = FreshnessLimits()
+    assert (MAX_SIZE, blob.MAX_SERIAL) == (2**32 - 1, 2**63 - 1)
+    for phrase in (
+        f"at most {MAX_HEADER_BYTES // 1024} KiB and {MAX_HEADER_FIELDS:,} fields",
+        f"`size` above {opening.MAX_INFLATED_BYTES // 1024**2} MiB", f"at most {MAX_LOCAL_BYTES} bytes; written as a dot-atom",
+        f"key-blob part, decoded | {parts.MAX_KEY_BLOB_BYTES // 1024} KiB", f"1 to {MAX_CARD_KEYS} of",
+        f"A card has at most {MAX_CARD_BYTES // 1024} KiB", f"1 to {manifest.MAX_RECIPIENTS} of",
+        f"at most {manifest.MAX_OUTER_FIELDS} of `[name, value]`",
+        f"at most {payload.MAX_MANIFEST_BYTES // 1024} KiB and 3 levels",
+        f"4, 8 ... {MAX_WIDTH}", f"{payload.HEADER_BYTES} bytes", f"{blob.BLOB_BYTES} bytes",
+        f"the i-th {primitives.CHUNK_BYTES} bytes",
+        f"length    = {payload.MIN_CONTAINER_BYTES} if n", f"by more than {limits.skew_ms // 60_000} minutes",
+        f"longer than {limits.late_ms // DAY_MS} days", "`serial` ≥ 2^63", "above 2^32 - 1",
+    ):
+        assert phrase in TEXT, phrase

@@ -25,6 +25,9 @@ from malote.errors import BadSignature, FormatError, Unreadable
 
 MAX_TRIALS = 400            # unwraps a message, 70 us each: 100 nameless blobs and 4 keys
 MAX_PAYLOADS = 8            # sealed parts tried in one message
+# Of an original that was compressed. It is written out before the signature is looked at, and a thousandth of it is enough to
+# send: no more than an ordinary large message takes. Nothing here compresses; a policy that does is for text.
+MAX_INFLATED_BYTES = 64 * 1024 * 1024
 
 # Header fields that are compared with what the sender put outside; others come and go on the way.
 _COMPARED = ("From", "To", "Cc", "Reply-To", "Subject", "Date", "Message-ID", "In-Reply-To", "References")
@@ -127,7 +130,7 @@ def _unseal_payload(
     if manifest.entry(blob.hash) is None:
         # A blob that the sender did not make may stand before the one he did: it must not hide it.
         blob, key, content = trials.listed(header, manifest, content.cek) or (blob, key, content)
-    if manifest.size > max_original_bytes:
+    if manifest.size > (min(max_original_bytes, MAX_INFLATED_BYTES) if manifest.encoding.deflated else max_original_bytes):
         raise Unreadable("over limit: size of the original")
     original = _decode_body(manifest, container.body)
     if not primitives.equal(primitives.sha512(original), manifest.sha512):
