@@ -7,6 +7,7 @@ watchers whose account did not change are left alone. A configuration with fault
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import os
 import resource
 import signal
@@ -39,6 +40,7 @@ from malote.store import Store
 from malote.watching import Accounts, check_accounts
 
 DRAIN_SECONDS = 240.0           # for mail in flight at the end; the unit's TimeoutStopSec is longer
+LOCK_NAME = "run.lock"
 REFRESH_SECONDS = 5.0           # how soon keys and cards made by another process are used
 EXPIRE_EVERY_SECONDS = 3600.0
 RETRY_KEYS_SECONDS = 60.0
@@ -275,10 +277,31 @@ async def serve(config: Config, config_path: Path | None, store_path: Path, pass
     """The whole life of the daemon. Raises `MaloteError` if it cannot start."""
     store = await Store.open(store_path)
     try:
+        lock = _only_one(store_path / LOCK_NAME)
+    except BaseException:
+        await store.close()
+        raise
+    try:
         keyring = Keyring(store, passphrase, ask_once=config.keys.unlock == "prompt")
         await Service(config, config_path, store, keyring).run()
     finally:
         await store.close()
+        os.close(lock)
+
+
+def _only_one(path: Path) -> int:
+    """Held until it is closed, or the process ends in whatever way. Two daemons on one store would watch its mailboxes under
+    one device's name, and not know of each other's messages in flight. Raises `ConfigError`, `StoreUnavailable`."""
+    try:
+        lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    except OSError as error:
+        raise StoreUnavailable(f"{path}: cannot be opened ({error.strerror})") from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(lock)
+        raise ConfigError("another malote runs on this store", hint="stop it, or set another store.path") from error
+    return lock
 
 
 def run(config: Config, config_path: Path | None, store_path: Path, passphrase: Callable[[], bytes]) -> None:

@@ -234,3 +234,16 @@ def test_no_core_files_and_nobody_elses_files(home: Home, port: int) -> None:
         for path in (home.root / "store").rglob("*"):
             assert path.stat().st_mode & 0o077 == 0, path
         assert daemon.stop() == 0
+
+
+def test_a_second_daemon_on_the_same_store_is_exit_code_2(home: Home, lab: Lab, port: int, postfix: Postfix) -> None:
+    """Both would watch the same mailboxes as one device. `malote keys`, `seal` and the others go on beside it."""
+    with home.daemon() as daemon:
+        other = Home(home.root / "other")
+        other.configure(listener(free_port()) + upstream(postfix.submission_port, lab.certificate))
+        other.config.write_text(other.config.read_text().replace(f"{other.root}/store", f"{home.root}/store"))
+        code, said = end_of(other)
+        assert code == ExitCode.CONFIG
+        assert "another malote runs on this store" in said
+        home.keys("new", ANNA, "--algorithm", "ed25519")
+        assert daemon.stop() == 0
