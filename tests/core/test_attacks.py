@@ -71,6 +71,19 @@ def test_forged_serial_by_a_co_recipient_is_not_for_me() -> None:
     assert (both.addressed, both.unsealed.serial) == (True, 7), "a forged blob in front must not hide the genuine one"
 
 
+def test_a_forged_blob_on_the_genuine_bytes_is_remembered_apart() -> None:
+    """Carol shares the session key: her blob for Bob on the genuine sealed part must not make the genuine message a repeat."""
+    genuine = Envelope(message()).add(BOB).add(CAROL)
+    sealed = genuine.payload()
+    forged = blob.wrap_session_key(blob.BlobContent(genuine.cek, b"mallory!", 9, 0), BOB.decryption[0].public, genuine.header.raw)
+    hers = wrap([("", blob.serialize_key_blob(genuine.header.eid, forged)), genuine.parts[1]], sealed)
+    his = open_as(genuine.raw(sealed), BOB).claim("bob@b.example")
+    claim = open_as(hers, BOB).claim("bob@b.example")
+    assert (his.proven, claim.proven, claim.signature) == (True, False, "valid")
+    assert claim.payload_digest == his.payload_digest
+    assert claim.payload_key != his.payload_key == his.payload_digest
+
+
 def test_session_key_equivocation_is_refused() -> None:
     """Two recipients cannot be given two keys for one payload: the header commits to one."""
     envelope = Envelope(message())

@@ -69,7 +69,7 @@ async def open_offline(raw: bytes, identities: Sequence[Identity], store: Store 
 async def _judge(claim: Claim, store: Store | None, accounts: Iterable[str], now_ms: int,
                  limits: FreshnessLimits) -> tuple[Verdict, str, bool]:
     for account in accounts if store is not None else ():
-        row = await store.remembered(account, claim.payload_digest)     # type: ignore[union-attr]
+        row = await store.remembered(account, claim.payload_key)     # type: ignore[union-attr]
         if row is not None:
             return row.verdict, sentence(row.verdict, claim, arrived_ms=row.first_ms, notes=row.notes), True
     # when it arrived is not known here, so nothing is said of its delay; but it cannot be from after now

@@ -85,7 +85,7 @@ def _again(db: Db, state: SeenState, judgement: Judgement, *, foreign: bool) -> 
 
 
 def remembered(db: Db, recipient: str, payload_digest: bytes) -> SeenRow | None:
-    """What was judged of exactly these sealed bytes; its `original_sha512` is left empty."""
+    """What was judged under this `Claim.payload_key`; its `original_sha512` is left empty."""
     row = db.row(_SAME_PAYLOAD, {"recipient": recipient, "payload_digest": payload_digest})
     return None if row is None else _row_values(row, b"")
 
