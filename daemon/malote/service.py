@@ -231,8 +231,8 @@ class Service:
         """Keys that `malote keys` made or changed while we run are used without a restart."""
         while True:
             await asyncio.sleep(REFRESH_SECONDS)
-            await self._close_retired()
             try:
+                await self._close_retired()
                 if await self.keyring.refresh():
                     self._accounts.look_now()
             except StoreUnavailable:
@@ -240,6 +240,8 @@ class Service:
             except MaloteError as error:
                 log.error("changed keys cannot be unlocked", fault=str(error), hint=error.hint)
                 await asyncio.sleep(RETRY_KEYS_SECONDS)
+            except Exception:       # mail goes on with the keys that are known
+                log.exception("fault while looking for changed keys")
 
     async def _close_retired(self) -> None:
         """What an earlier configuration built, once no connection uses it any more."""
@@ -256,6 +258,8 @@ class Service:
                 await self.store.expire(now_ms(), self.config.store.remember_days, late_days=late_days)
             except StoreUnavailable:
                 log.warning("store not available")
+            except Exception:       # nothing but space is lost
+                log.exception("fault while removing what is old")
             await asyncio.sleep(EXPIRE_EVERY_SECONDS)
 
     async def _feed_watchdog(self) -> None:

@@ -99,3 +99,36 @@ async def test_a_prompt_is_only_at_the_start(tmp_path: Path) -> None:
     assert asked == 1
     await with_keys.close()
     await without.close()
+
+
+async def test_a_fault_in_the_upkeep_does_not_end_the_service(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Mail goes on, whatever the tasks beside it stumble over; and they are tried again."""
+    tried = {"keys": 0, "expire": 0}
+
+    async def fail_to_refresh(_keyring: Keyring) -> bool:
+        tried["keys"] += 1
+        if tried["keys"] > 1:       # the first is the start
+            raise ZeroDivisionError
+        return True
+
+    async def fail_to_expire(*_: object, **__: object) -> None:
+        tried["expire"] += 1
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(Keyring, "refresh", fail_to_refresh)
+    monkeypatch.setattr(Store, "expire", fail_to_expire)
+    monkeypatch.setattr("malote.service.REFRESH_SECONDS", 0.01)
+    monkeypatch.setattr("malote.service.EXPIRE_EVERY_SECONDS", 0.01)
+    port = free_port()
+    home.configure(listener(port, 'auth = "none"') + upstream(1, None) + rule("never"))
+    store = await Store.open(home.root / "store")
+    service = Service(load_config(home.config), home.config, store, Keyring(store, lambda: b""))
+    running = asyncio.create_task(service.run())
+    while min(tried.values()) < 4:
+        await asyncio.sleep(0.01)
+        assert not running.done()
+    _, writer = await connected(port)
+    writer.close()
+    service.stop()
+    await running
+    await store.close()
