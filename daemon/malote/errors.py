@@ -40,6 +40,8 @@ class Reply:
 
     def __str__(self) -> str:
         prefix = f"{self.enhanced} " if self.enhanced else ""
+        if "\n" not in self.text:
+            return f"{self.code} {prefix}{self.text}"
         lines = self.text.split("\n")
         return "\r\n".join(
             f"{self.code}{'-' if number < len(lines) else ' '}{prefix}{line}" for number, line in enumerate(lines, 1)

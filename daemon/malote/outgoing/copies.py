@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 from malote.core.address import domain_of
 from malote.core.identity import Identity
@@ -100,4 +101,9 @@ def _seal_recipients(letter: Letter, group: Group) -> list[SealRecipient]:
 
 def received_line(host: str, protocol: str, now_ms: int) -> bytes:
     """Our trace line (RFC 5321 4.4): no client address, which is nobody's business, and no `for`, which may be a Bcc."""
-    return f"Received: by {host} (malote) with {protocol};\r\n {format_date(now_ms)}\r\n".encode()
+    return _received_line(host, protocol, now_ms // 1000)
+
+
+@lru_cache(maxsize=8)       # of this second
+def _received_line(host: str, protocol: str, second: int) -> bytes:
+    return f"Received: by {host} (malote) with {protocol};\r\n {format_date(second * 1000)}\r\n".encode()

@@ -52,6 +52,9 @@ def group_members(members: Iterable[Member], shown: frozenset[str], *, reserve: 
     `shown`: canonical addresses in To, Cc and their Resent- forms. `reserve`: places of each shared copy that are kept free
     (for a blob to the sender itself).
     """
+    members = tuple(members)
+    if len(members) == 1:
+        return (Group(_kind(members[0], shown), (members[0].address,)),)
     sets: dict[tuple[Kind, bytes], list[str]] = {}
     for member in members:
         kind = _kind(member, shown)

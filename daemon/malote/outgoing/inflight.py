@@ -20,31 +20,45 @@ class Turn:
 
     earlier: dict[str, Reply] = field(default_factory=dict)     # accepted meanwhile, by those waited for
     accepted: dict[str, Reply] = field(default_factory=dict)    # filled in by the holder
+    done: asyncio.Future[Mapping[str, Reply]] | None = None     # made by the first who waits
 
 
 class InFlight:
     """The messages being sent now, by what makes them identical: login, sender and the keyed hash of the bytes."""
 
     def __init__(self) -> None:
-        self._running: dict[Hashable, asyncio.Future[Mapping[str, Reply]]] = {}
+        self._running: dict[Hashable, Turn] = {}
 
     def __len__(self) -> int:
         return len(self._running)
 
-    def busy(self, key: Hashable) -> bool:
-        """Whether `turn` would wait."""
-        return key in self._running
-
     @asynccontextmanager
     async def turn(self, key: Hashable) -> AsyncIterator[Turn]:
         """Wait until no identical message is in flight, then be the one. The caller bounds the waiting."""
-        turn = Turn()
-        while (running := self._running.get(key)) is not None:
-            turn.earlier.update(await asyncio.shield(running))
-        done: asyncio.Future[Mapping[str, Reply]] = asyncio.get_running_loop().create_future()
-        self._running[key] = done
+        turn = self.take(key) or await self.wait(key)
         try:
             yield turn
         finally:
-            del self._running[key]
-            done.set_result({**turn.earlier, **turn.accepted})
+            self.give_back(key, turn)
+
+    def take(self, key: Hashable) -> Turn | None:
+        """The turn, to be given back; None while an identical message is in flight."""
+        if key in self._running:
+            return None
+        turn = self._running[key] = Turn()
+        return turn
+
+    async def wait(self, key: Hashable) -> Turn:
+        """As `take`, after those that are in flight."""
+        earlier: dict[str, Reply] = {}
+        while (running := self._running.get(key)) is not None:
+            if running.done is None:
+                running.done = asyncio.get_running_loop().create_future()
+            earlier.update(await asyncio.shield(running.done))
+        turn = self._running[key] = Turn(earlier)
+        return turn
+
+    def give_back(self, key: Hashable, turn: Turn) -> None:
+        del self._running[key]
+        if turn.done is not None:
+            turn.done.set_result({**turn.earlier, **turn.accepted})

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import pwd
+import time
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import cast
 
 import structlog
@@ -35,6 +37,8 @@ _WELCOME = Reply(235, "2.7.0", "Logged in")
 _WRONG = Reply(535, "5.7.8", "Login or password is wrong")
 _NO_MECHANISM = Reply(504, "5.5.4", "This way to log in is not offered")
 _NO_TRANSACTION = Reply(503, "5.5.1", "Send MAIL first")
+
+USER_SECONDS = 10       # how long the name of a user of this machine is remembered
 
 _CARRIED = frozenset({"8BITMIME", "SMTPUTF8", "DSN", "REQUIRETLS"})     # extensions that are offered if the upstream has them
 
@@ -131,10 +135,7 @@ class Sender:
 
     def _local_user(self, uid: int) -> Submitter:
         """The user at the other end of a UNIX socket. Whoever runs this program may use all that is in its store anyway."""
-        try:
-            name = pwd.getpwuid(uid).pw_name
-        except KeyError:
-            name = str(uid)
+        name = _user_name(uid, int(time.monotonic() / USER_SECONDS))
         user = self._users.get(name) or self._users.get(str(uid))
         if user is not None:
             return Submitter(name, user.addresses)
@@ -209,6 +210,15 @@ class Sender:
             for plan in state.answered:
                 self._store.forget_send(plan)
             state.answered.clear()
+
+
+@lru_cache(maxsize=1024)
+def _user_name(uid: int, _now: int) -> str:
+    """Asking reads a file, or a directory service, for each connection."""
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return str(uid)
 
 
 async def _login_and_password(session: ClientSession, mechanism: str, initial: bytes | None) -> tuple[str, str]:

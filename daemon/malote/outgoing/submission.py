@@ -8,9 +8,8 @@ goes wrong in between ends as a temporary failure, and no plain copy is made of 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 
 import structlog
@@ -131,14 +130,8 @@ class Submissions:
         identity = self._decide(recipients, prepared, content, submitter, reply=bool(known))
         digest = await self._digest(prepared)
         key = (submitter.login, prepared.from_address, digest)
-        async with AsyncExitStack() as stack:
-            if self._inflight.busy(key):
-                await tx.end()      # who waits holds no connection that the other may need
-            try:
-                async with asyncio.timeout_at(deadline):
-                    turn = await stack.enter_async_context(self._inflight.turn(key))
-            except TimeoutError:
-                raise MaloteError("an identical message took too long", reply=TOO_LATE) from None
+        turn = self._inflight.take(key) or await self._wait_for_turn(key, tx, deadline)
+        try:
             plan = await self._begin(submitter, prepared, identity, digest, recipients)
             line.id = plan.submission_id.hex()
             letter = await self._letter(session, prepared, identity, recipients, plan, known)
@@ -147,6 +140,16 @@ class Submissions:
             content.clear()
             delivery = Delivery(letter, tx.lane, tx.sender, tx.params, deadline, session.keep_going, self._executor)
             return await self._deliver(delivery, shown, plan, turn, tx, line)
+        finally:
+            self._inflight.give_back(key, turn)
+
+    async def _wait_for_turn(self, key: Hashable, tx: Transaction, deadline: float) -> Turn:
+        await tx.end()      # who waits holds no connection that the other may need
+        try:
+            async with asyncio.timeout_at(deadline):
+                return await self._inflight.wait(key)
+        except TimeoutError:
+            raise MaloteError("an identical message took too long", reply=TOO_LATE) from None
 
     # decide
 
@@ -157,10 +160,11 @@ class Submissions:
         encrypted = decide_encrypted(content)
         identities = self._identities()
         exists = from_address in identities or f"@{domain_of(from_address)}" in identities
-        for recipient in recipients.values():
-            recipient.decision = decide_recipient(
-                self.config.rules, from_address, recipient.address, card=recipient.card is not None, had_card=recipient.had_card,
-                control=prepared.controls, reply=reply, encrypted=encrypted, identity=exists)
+        if prepared.controls is not None or reply or encrypted != "no" or not exists:    # else RCPT has decided from the same
+            for recipient in recipients.values():
+                recipient.decision = decide_recipient(
+                    self.config.rules, from_address, recipient.address, card=recipient.card is not None,
+                    had_card=recipient.had_card, control=prepared.controls, reply=reply, encrypted=encrypted, identity=exists)
         decisions = [recipient.decision for recipient in recipients.values()]
         check_recipients(decisions)
         check_mix(decisions)

@@ -10,7 +10,7 @@ import hashlib
 import os
 from collections.abc import Mapping
 
-from sqlalchemy import and_, bindparam, delete, select, tuple_, update
+from sqlalchemy import and_, bindparam, case, delete, select, tuple_, update
 from sqlalchemy.dialects.postgresql import insert
 
 from malote.errors import ClockWrong
@@ -51,13 +51,13 @@ _EXPIRE = Statement(delete(journal).where(tuple_(journal.c.key, journal.c.recipi
     select(journal.c.key, journal.c.recipient).where(journal.c.changed_at_ms < bindparam("before_ms")).limit(1000))))
 _DROP_DEVICES = Statement(delete(device))
 
-_DEVICE = Statement(select(device.c.stream, device.c.last_sent_ms).where(
-    device.c.address == bindparam("at_address"), device.c.skid == bindparam("at_skid")))
 _NEW_DEVICE = Statement(insert(device).values({column: bindparam(column) for column in (
     "address", "skid", "stream", "last_sent_ms")}).on_conflict_do_nothing())
 _SENT = Statement(update(device).where(
     device.c.address == bindparam("at_address"), device.c.skid == bindparam("at_skid"),
-).values(last_sent_ms=bindparam("last_sent_ms")))
+).values(last_sent_ms=case(
+    (device.c.last_sent_ms < bindparam("now_ms"), bindparam("now_ms")), else_=device.c.last_sent_ms + 1,
+)).returning(device.c.stream, device.c.last_sent_ms))
 _NEXT = Statement(insert(serial).values(
     stream=bindparam("stream"), recipient=bindparam("recipient"), last=1, accepted=0,
 ).on_conflict_do_update(index_elements=["stream", "recipient"], set_={"last": serial.c.last + 1},
@@ -100,17 +100,15 @@ def begin_send(db: Db, intent: SendIntent) -> SendPlan:
 
 def _stamp(db: Db, intent: SendIntent) -> tuple[bytes, int]:
     """Our numbering for this identity, and a signed time after every earlier one of it."""
-    at = {"at_address": intent.sender, "at_skid": intent.skid}
-    found = db.row(_DEVICE, at)
+    at = {"at_address": intent.sender, "at_skid": intent.skid, "now_ms": intent.now_ms}
+    found = db.row(_SENT, at)
     if found is None:
         db.run(_NEW_DEVICE, {"address": intent.sender, "skid": intent.skid, "stream": os.urandom(8), "last_sent_ms": 0})
-        found = db.row(_DEVICE, at)
+        found = db.row(_SENT, at)
     assert found is not None    # noqa: S101 -- inserted above or by another process
-    stream, last_sent_ms = found
-    if intent.now_ms < last_sent_ms - DAY_MS:
+    stream, sent_at_ms = found
+    if intent.now_ms < sent_at_ms - 1 - DAY_MS:     # then nothing of this is committed
         raise ClockWrong("the clock of this machine is more than a day before the last message that it signed")
-    sent_at_ms: int = max(intent.now_ms, last_sent_ms + 1)
-    db.run(_SENT, at | {"last_sent_ms": sent_at_ms})
     return stream, sent_at_ms
 
 
