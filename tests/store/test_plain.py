@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import sqlite3
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from malote.errors import ClockWrong, StoreUnavailable
-from malote.store import Outcome, OutcomeEntry, SendIntent, SendState, Store, held
+from malote.store import Outcome, OutcomeEntry, SendIntent, SendState, Store, held, writer
 from malote.store.database import FILE_NAME
 
 Make = Callable[..., SendIntent]
@@ -159,3 +160,23 @@ async def test_a_store_that_cannot_be_written_or_read_is_found(
     assert sqlite_store.begin_plain(plain) is None
     (tmp_path / "gone").rename(tmp_path / "store" / FILE_NAME)
     assert sqlite_store.begin_plain(plain) is not None, "it recovers by itself"
+
+
+async def test_between_held_and_written_it_is_still_found(store: Store, intent: Make, now_ms: int,
+                                                          monkeypatch: pytest.MonkeyPatch) -> None:
+    """The moment after the timer, before the writer's next commit: a retry then must not get a second copy sent."""
+    monkeypatch.setattr(held, "HOLD_SECONDS", 0.01)
+    monkeypatch.setattr(writer, "LAZY_SECONDS", 60)
+    plain = intent(BOB, plain=(BOB,))
+    plan = store.begin_plain(plain)
+    assert plan is not None
+    store.finish_send_later(plan, TAKEN, now_ms)
+    for _ in range(20):
+        await asyncio.sleep(0.005)
+        assert store.begin_plain(intent(BOB, plain=(BOB,), content=b"another")) is not None
+    for _ in range(2):      # also when the first to come back gives up before it could ask
+        assert store.begin_plain(plain) is None
+    assert (await store.begin_send(plain)).row(BOB).state is SendState.ACCEPTED
+    store.forget_send(plan)
+    await store.flush()
+    assert store.begin_plain(plain) is not None

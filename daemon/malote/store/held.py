@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 
 from malote.store import accounts, outbox
@@ -19,12 +20,13 @@ from malote.store.writer import Writer
 HOLD_SECONDS = 0.25
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class _Accepted:
     plan: SendPlan
     outcomes: Mapping[str, tuple[Outcome, str]]
     now_ms: int
     until: float            # loop time
+    leaving: bool = False   # given to the writer; stays here until it is committed, because only then others can read it
 
     def write(self, db: Db) -> None:
         outbox.finish_send(db, self.plan, self.outcomes, self.now_ms)
@@ -48,7 +50,7 @@ class Held:
     def forget(self, plan: SendPlan) -> bool:
         """True: it was still held, and nothing is left of it anywhere."""
         held = self._accepted.get(plan.key)
-        if held is None or held.plan is not plan:
+        if held is None or held.plan is not plan or held.leaving:
             return False
         del self._accepted[plan.key]
         return True
@@ -59,16 +61,30 @@ class Held:
         self._entries.append(entry)
 
     def release_plan(self, key: bytes) -> bool:
-        """True: one was held, and the next operation sees it."""
-        held = self._accepted.pop(key, None)
-        if held is not None:
-            self._writer.later(held.write)
+        """True: one is held, and the next operation sees it (a look at what is committed may not)."""
+        held = self._accepted.get(key)
+        if held is not None and not held.leaving:
+            self._let_go(held)
         return held is not None
 
     def release_all(self) -> None:
         for key in list(self._accepted):
             self.release_plan(key)
         self._release_entries()
+
+    def _let_go(self, held: _Accepted) -> None:
+        """To the writer, and known here until that has committed it."""
+        loop = asyncio.get_running_loop()
+
+        def written() -> None:      # in the writer's thread
+            with suppress(RuntimeError):    # the loop is closed: nobody asks any more
+                loop.call_soon_threadsafe(self._is_written, held)
+        held.leaving = True
+        self._writer.later(held.write, written)
+
+    def _is_written(self, held: _Accepted) -> None:
+        if self._accepted.get(held.plan.key) is held:
+            del self._accepted[held.plan.key]
 
     def close(self) -> None:
         """Release all; nothing may be held afterwards."""
@@ -85,16 +101,16 @@ class Held:
     def _start(self) -> float:
         loop = asyncio.get_running_loop()
         if self._timer is None:
-            self._timer = loop.call_later(HOLD_SECONDS, self._tick, loop)
+            self._timer = loop.call_later(HOLD_SECONDS, self._tick)
         return loop.time()
 
-    def _tick(self, loop: asyncio.AbstractEventLoop) -> None:
+    def _tick(self) -> None:
         self._timer = None
-        now = loop.time()
-        for key, held in list(self._accepted.items()):
+        now = asyncio.get_running_loop().time()
+        waiting = [held for held in self._accepted.values() if not held.leaving]
+        for held in waiting:
             if held.until > now:
+                self._start()
                 break
-            self.release_plan(key)
+            self._let_go(held)
         self._release_entries()
-        if self._accepted:
-            self._start()

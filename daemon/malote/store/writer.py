@@ -40,6 +40,7 @@ class _Job:
     future: asyncio.Future[Any] | None      # None: nobody waits (lazy)
     loop: asyncio.AbstractEventLoop | None
     write: bool
+    then: Callable[[], object] | None = None
     result: Any = None
     error: BaseException | None = None
 
@@ -71,10 +72,13 @@ class Writer:
         """Run in a transaction that changes nothing; works also while the store is full or locked for writing."""
         return await self._submit(operation, write=False)
 
-    def later(self, operation: Operation[object]) -> None:
-        """Run with the next commit, or within half a second. For what may be lost in a crash; an outage is waited for."""
+    def later(self, operation: Operation[object], then: Callable[[], object] | None = None) -> None:
+        """Run with the next commit, or within half a second. For what may be lost in a crash; an outage is waited for.
+
+        `then`: called in the thread once it is durable, or given up as faulty; it must not raise.
+        """
         self.check_open()
-        self._lazy.append(_Job(operation, None, None, write=True))
+        self._lazy.append(_Job(operation, None, None, write=True, then=then))
         if len(self._lazy) == 1:    # asked after appending: the thread, once woken, must find it
             self._queue.put(_Signal.NUDGE)
 
@@ -199,8 +203,11 @@ class Writer:
                 by_loop.setdefault(job.loop, []).append(job)
             elif job.error is not None and is_outage(job.error, None) and not self._closed:
                 self._lazy.appendleft(job)
-            elif job.error is not None:
-                log.warning("store operation dropped: %s", type(job.error).__name__)
+            else:
+                if job.error is not None:
+                    log.warning("store operation dropped: %s", type(job.error).__name__)
+                if job.then is not None:
+                    job.then()
         for loop, own in by_loop.items():
             own.reverse()
             try:
