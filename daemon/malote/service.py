@@ -21,6 +21,7 @@ import structlog
 import uvloop
 
 from malote.config import Config, ListenerConfig, config_faults, load_config
+from malote.core.policy import rule_faults
 from malote.core.primitives import check_post_quantum
 from malote.credentials import upstream_credentials
 from malote.errors import ConfigError, MaloteError, StoreUnavailable
@@ -272,7 +273,7 @@ class Service:
 
 def check_config(config: Config, path: Path | None) -> None:
     """Raises `ConfigError` with every fault that the schema cannot see."""
-    if faults := config_faults(config):
+    if faults := config_faults(config) + rule_faults(config.outgoing.rules):
         raise ConfigError("\n".join(f"{path}: {fault}" if path else fault for fault in faults),
                           hint="malote check tells all that is wrong at once")
 

@@ -111,6 +111,7 @@ def test_nothing_is_well_and_all_of_it_is_said(home: Home, lab: Lab, postfix: Po
     ("[nonsense", ["is not TOML"]),
     ('[outgoing.upstream]\nhost = "a.example"\nsecurity = "none"\nusername = "x"\n',
      ["outgoing.upstream.security", "outgoing.upstream.password_file"]),
+    (upstream(25, None) + rule("require", ["*@secret.example"]), ["outgoing.rules.1.recipients: '*@secret.example'"]),
 ])
 def test_a_wrong_configuration(home: Home, sections: str, expected: list[str]) -> None:
     """Every fault at once with file and key, and exit code 2, as `malote run` would have."""

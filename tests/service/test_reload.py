@@ -50,11 +50,13 @@ def test_rules_and_listeners_change_under_open_connections(home: Home, lab: Lab,
         old.login(ANNA, PASSWORD)
         removed.login(ANNA, PASSWORD)
 
-        home.configure("[outgoing]\nenabled = nonsense\n")
-        daemon.reload()
-        assert listens(first)
-        assert rcpt(first, CLEO) == 250
-        assert any("old configuration stays" in line["event"] for line in daemon.records())
+        for faulty in ("[outgoing]\nenabled = nonsense\n", listener(first) + up + rule("require", ["secret.example"])):
+            home.configure(faulty)
+            daemon.reload()
+            assert listens(first)
+            assert listens(second)
+            assert rcpt(first, CLEO) == 250
+        assert sum("old configuration stays" in line["event"] for line in daemon.records()) == 2
 
         home.configure(listener(first) + listener(third) + up + rule("require"))
         daemon.reload()

@@ -15,6 +15,7 @@ from malote.cli.probes import clock_probe, crypto_probe, keys_probe, listener_pr
 from malote.cli.server_probes import account_probe, upstream_probe
 from malote.cli.settings import Settings
 from malote.config import Config, config_faults
+from malote.core.policy import rule_faults
 from malote.errors import ConfigError, ExitCode, MaloteError
 from malote.store import Store
 
@@ -50,7 +51,7 @@ def _configuration(settings: Settings) -> tuple[Config | None, list[Finding]]:
         lines = [_split(line) for line in str(error).split("\n")]
         return None, [Finding("configuration", State.FAULT, text, cure or error.hint) for text, cure in lines]
     return config, [Finding("configuration", State.FAULT, f"{settings.config_path}: {text}", cure)
-                    for text, cure in map(_split, config_faults(config))]
+                    for text, cure in map(_split, config_faults(config) + rule_faults(config.outgoing.rules))]
 
 
 def _split(text: str) -> tuple[str, str]:

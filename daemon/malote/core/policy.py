@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Literal
 
 from malote.config import Level, RuleConfig
 from malote.core.address import canonical_address, canonical_domain, domain_of
-from malote.errors import ConfigError, FormatError, KeyMissing, MaloteError, PolicyRefused, Reply, SenderRefused
+from malote.errors import FormatError, KeyMissing, MaloteError, PolicyRefused, Reply, SenderRefused
 
 if TYPE_CHECKING:
     from malote.core.encrypted import Encrypted
@@ -209,19 +209,19 @@ def parse_pattern(text: str) -> tuple[_Kind, str]:
     return "address", canonical_address(text)
 
 
-def check_rules(rules: Sequence[RuleConfig]) -> None:
-    """Raises `ConfigError` that lists every pattern that is none: a rule must not be missed because of its spelling."""
+def rule_faults(rules: Sequence[RuleConfig]) -> list[str]:
+    """Every pattern that is none, as `key: what is wrong; the cure`: a rule must not be missed because of its spelling."""
     faults: list[str] = []
     for index, rule in enumerate(rules, 1):
         for text in rule.recipients:
             try:
                 parse_pattern(text)
             except FormatError:
-                faults.append(
-                    f"outgoing.rules.{index}.recipients: {text!r} is not *, @example.org, @*.example.org or anna@example.org"
-                )
-    if faults:
-        raise ConfigError("\n".join(faults))
+                faults.append(f"outgoing.rules.{index}.recipients: {text!r} names nobody; "
+                              "write *, @example.org, @*.example.org or anna@example.org")
+        if not rule.recipients:
+            faults.append(f"outgoing.rules.{index}.recipients: is empty, so the rule is never used; remove the rule or name somebody")
+    return faults
 
 
 def _max(one: Level, other: Level) -> Level:
