@@ -149,7 +149,8 @@ def test_a_configuration_that_would_send_in_clear_is_exit_code_2(home: Home) -> 
 
 def test_a_rule_that_names_nobody_is_exit_code_2(home: Home) -> None:
     """Missed because of its spelling, a rule that requires sealing would let everything out."""
-    home.configure(upstream(25, None) + rule("require", ["*@secret.example"]) + rule("require", ["@fine.example", "secret.example"]))
+    home.configure(upstream(25, None) + rule("require", ["*@secret.example"])
+                   + rule("require", ["@fine.example", "secret.example"]))
     code, said = end_of(home)
     assert code == ExitCode.CONFIG
     assert f"{home.config}: outgoing.rules.1.recipients: '*@secret.example'" in said

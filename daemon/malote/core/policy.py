@@ -220,7 +220,7 @@ def rule_faults(rules: Sequence[RuleConfig]) -> list[str]:
                 faults.append(f"outgoing.rules.{index}.recipients: {text!r} names nobody; "
                               "write *, @example.org, @*.example.org or anna@example.org")
         if not rule.recipients:
-            faults.append(f"outgoing.rules.{index}.recipients: is empty, so the rule is never used; remove the rule or name somebody")
+            faults.append(f"outgoing.rules.{index}.recipients: names nobody, the rule is never used; remove it")
     return faults
 
 
