@@ -18,6 +18,7 @@ from malote.config import ListenerConfig
 from malote.outgoing.desk import ClientSession
 from malote.outgoing.relay import Credentials
 from malote.outgoing.users import hash_password
+from outgoing import harness
 from outgoing.harness import HOST, Gateway, Outcome, Upstream, opened, person, text, upstream_config
 
 ALICE, BOB = person("alice@test.example"), person("bob@test.example")
@@ -105,6 +106,37 @@ async def test_every_mechanism_is_passed_on_as_it_is(tmp_path: Path, mechanism: 
         await asyncio.to_thread(attempt)
     assert len(upstream.messages) == 1
     assert upstream.logins[1].startswith(base64.b64encode(first))
+
+
+@pytest.mark.parametrize(("mechanism", "first", "rest"), [
+    ("LOGIN", b"alice@test.example", [b"mallory@test.example", b"pw"]),
+    ("PLAIN", b"\0alice@test.example\0pw", [b"\0mallory@test.example\0pw"]),
+    ("LOGIN", b"alice@test.example", []),
+])
+async def test_a_server_that_asks_again_is_told_who_it_is_and_we_believe_nobody(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mechanism: str, first: bytes, rest: list[bytes]) -> None:
+    """Some servers pass over the initial response: the name in it is then not the one that they let in."""
+    async def auth(conversation: Any, _command: str) -> bool:
+        for _ in rest:
+            await conversation._say("334 ")
+            await conversation.reader.readline()
+        return bool(await conversation._say("235 2.7.0 welcome, whoever you said last"))
+    monkeypatch.setattr(harness._Conversation, "_auth", auth)
+    async with Upstream() as upstream, gateway(tmp_path, upstream) as gw:
+        def attempt() -> None:
+            with smtplib.SMTP(HOST, gw.port, "client") as client:
+                client.ehlo()
+                code, _ = client.docmd("AUTH", f"{mechanism} {base64.b64encode(first).decode()}")
+                for each in rest:
+                    assert code == 334
+                    code, _ = client.docmd(base64.b64encode(each).decode())
+                assert code == 235
+                for sender in (ALICE.address, MALLORY.address):
+                    with pytest.raises(smtplib.SMTPDataError) as caught:
+                        client.sendmail(sender, [BOB.address], text(sender))
+                    assert "5.7.1 This login may not sign" in str(caught.value)
+        await asyncio.to_thread(attempt)
+    assert upstream.messages == []
 
 
 async def test_a_session_has_its_own_connection_that_ends_with_it(tmp_path: Path) -> None:

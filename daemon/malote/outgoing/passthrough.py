@@ -43,17 +43,24 @@ def _field(parts: list[bytes], name: bytes) -> bytes:
 
 
 class Listener:
-    """Stands between the upstream's challenges and the client, and notes the client's first message."""
+    """Stands between the upstream's challenges and the client, and notes what the client says."""
 
     def __init__(self, mechanism: str, initial: bytes | None, ask: Callable[[bytes], Awaitable[bytes | None]]) -> None:
         self._mechanism = mechanism
         self._ask = ask
-        self.login = login_of(mechanism, initial) if initial is not None else ""
-        self._heard = initial is not None
+        self._name = login_of(mechanism, initial) if initial is not None else ""
+        self._messages = 0 if initial is None else 1
+
+    @property
+    def login(self) -> str:
+        """"" unless the exchange had just the messages that the mechanism has. A server that passes over an initial response and
+        asks for the name again would let the client name one login to us and another to it."""
+        return self._name if self._messages == (2 if self._mechanism == "LOGIN" else 1) else ""
 
     async def answer(self, challenge: bytes) -> bytes | None:
         message = await self._ask(challenge)
-        if not self._heard and message is not None:
-            self._heard = True
-            self.login = login_of(self._mechanism, message)
+        if message is not None:
+            if not self._messages:
+                self._name = login_of(self._mechanism, message)
+            self._messages += 1
         return message
