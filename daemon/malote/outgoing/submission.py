@@ -1,8 +1,9 @@
 """One submitted message from its last byte to the reply: gather, decide, write down, send, answer.
 
 The order is what keeps the promises. Everything that can refuse comes first. Then serial numbers and journal are committed, and
-only after that may a final dot leave. 250 is said only when the upstream server has said it for every recipient. Whatever
-goes wrong in between ends as a temporary failure, and no plain copy is made of what was to be sealed (copies.py).
+only after that may a final dot leave (what leaves unsealed for all has no number: `Store.begin_plain`). 250 is said only when
+the upstream server has said it for every recipient. Whatever goes wrong in between ends as a temporary failure, and no plain copy
+is made of what was to be sealed (copies.py).
 """
 
 from __future__ import annotations

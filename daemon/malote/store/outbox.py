@@ -1,7 +1,8 @@
 """Outgoing mail: serial numbers and the journal of what may have been sent (docs/format.md, Sender; RFC 1047).
 
 `begin_send` is committed before any final dot leaves: a number once given out is never given out again, and a part that may
-have been accepted is written down as in doubt. All in functions of a `Db`, run by the writer.
+have been accepted is written down as in doubt. Of what leaves unsealed for all, only acceptance is written. All in functions of
+a `Db`, run by the writer.
 """
 
 from __future__ import annotations
