@@ -65,10 +65,15 @@ async def test_who_loses_the_move_takes_its_copy_back(box: Box, monkeypatch: pyt
     assert box.client.uids(QUARANTINE) == []
 
 
-async def test_a_copy_that_another_device_left_is_taken_over(box: Box, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first has stored its copy and was switched off before the MOVE: the second moves the original and adds no copy."""
-    first = await box.watcher(await box.open_store("a"))
-    second = await box.watcher(await box.open_store("b"))
+@pytest.mark.parametrize("comes_back", [False, True])
+@pytest.mark.parametrize("dead", [SMALL, LARGE])
+async def test_the_copy_of_a_dead_device(box: Box, monkeypatch: pytest.MonkeyPatch, dead: str, comes_back: bool) -> None:
+    """The first has stored its copy and was switched off before the MOVE: the second adds its own, since it cannot know whether
+    the first still takes its copy back, and moves the original. After the contest's time one is left, the first back or not."""
+    late = [0]
+    clock = lambda: now_ms() + late[0]      # noqa: E731
+    first = await box.watcher(await box.open_store("a"), device=dead, clock=clock)
+    second = await box.watcher(await box.open_store("b"), device=SMALL if dead == LARGE else LARGE, clock=clock)
     box.client.put(box.seal())
 
     async def switched_off() -> None:
@@ -79,9 +84,13 @@ async def test_a_copy_that_another_device_left_is_taken_over(box: Box, monkeypat
         await first.run_once()
     monkeypatch.undo()
     await second.run_once()
-    assert verdicts(box.client.messages()) == ["FRESH"]
+    assert verdicts(box.client.messages()) == ["FRESH"] * 2, "for the moment"
     assert len(box.client.uids(SEALED)) == 1
-    await first.run_once()
+    for _ in range(3):
+        late[0] += CONTEST_MS + 1000
+        await second.run_once()
+        if comes_back:
+            await first.run_once()
     assert verdicts(box.client.messages()) == ["FRESH"]
     assert box.client.uids(QUARANTINE) == []
 
@@ -161,10 +170,16 @@ def test_the_arbiter() -> None:
     assert decide_after_lost_move(ours, both, original_is_sealed=False, late=False), "a person moved it"
     assert decide_after_lost_move(ours, own, original_is_sealed=True, late=False), "no other copy: ours is the only one"
     assert decide_after_lost_move(ours, both, original_is_sealed=True, late=True), "a contest decides"
-    assert decide_contest(other, both, last=False) is Settle.YIELD
-    assert decide_contest(ours, both, last=False) is Settle.WAIT
-    assert decide_contest(ours, both, last=True) is Settle.YIELD, "the other one is the winner, it did not yield"
-    assert decide_contest(ours, own, last=True) is Settle.KEEP
+    assert decide_contest(other, both) is Settle.YIELD
+    assert decide_contest(ours, both) is Settle.WAIT
+    assert decide_contest(ours, both, waited_for=frozenset({LARGE})) is Settle.YIELD, "the other one has won, it stays"
+    third = Mark("a" * 32, "8" * 16)
+    three = [*both, Copy(third, inbox, 3)]
+    assert decide_contest(ours, three, waited_for=frozenset({LARGE})) is Settle.WAIT, "a new one: it may know of the contest"
+    assert decide_contest(ours, [*own, Copy(third, inbox, 3)], waited_for=frozenset({third.device, LARGE})) is Settle.WAIT, \
+        "one has yielded, and the next one is about to"
+    assert decide_contest(ours, [*own, Copy(other, inbox, 2, discarded=True)]) is Settle.KEEP, "a person threw the other one away"
+    assert decide_contest(ours, own, waited_for=frozenset({LARGE})) is Settle.KEEP
 
 
 class Person:

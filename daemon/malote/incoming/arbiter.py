@@ -7,8 +7,10 @@ be seen, that watcher won and our copy goes. If the original is elsewhere, a per
 What that cannot decide at once is a *contest*: after a crash between MOVE and the note in the store; when a person takes the
 original from under two watchers, or files the winner's copy while the loser looks for it; when a server lets two MOVEs of one
 message at the same moment both succeed (Dovecot 2.3 with Maildir does: each then finds the other's original in the sealed
-folder). It is settled later, when every loser that knows it has gone: the device with the greatest name yields first, any other
-one a while after it if there still are two. So two devices never yield to each other.
+folder); when the winner found the copy of another device there too, which may be dead. It is settled later, when every loser
+that knows it has gone: the device with the greatest name yields first. Any other waits for those with greater names while one of
+them goes in each round, and yields when they stay, since then they know of no contest. So devices never yield to each other.
+Nobody relies on another device's copy instead of its own: that device may be about to take it back, for it may see a third one's.
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ class Copy:
     mark: Mark
     folder: Folder
     uid: int
+    discarded: bool = False     # marked as deleted, or in the trash: a person may empty that at any moment
 
 
 class Settle(Enum):
@@ -49,12 +52,21 @@ def decide_after_lost_move(ours: Mark, copies: Collection[Copy], *, original_is_
     return late or not (original_is_sealed and _others(ours, copies))
 
 
-def decide_contest(ours: Mark, copies: Collection[Copy], *, last: bool) -> Settle:
-    """What becomes of our copy. `last`: the time in which devices with greater names yield is over."""
-    others = _others(ours, copies)
+def decide_contest(ours: Mark, copies: Collection[Copy], *, waited_for: frozenset[str] = frozenset()) -> Settle:
+    """What becomes of our copy. `waited_for`: the greater names that were there the last time (see `greater_names`).
+
+    What a person has thrown away does not count: it is no place to leave the only copy.
+    """
+    others = _others(ours, [copy for copy in copies if not copy.discarded])
     if not others:
         return Settle.KEEP
-    return Settle.YIELD if last or all(device < ours.device for device in others) else Settle.WAIT
+    greater = greater_names(ours, copies)
+    return Settle.YIELD if not greater or greater == waited_for else Settle.WAIT
+
+
+def greater_names(ours: Mark, copies: Collection[Copy]) -> frozenset[str]:
+    """The devices that yield before ours does."""
+    return frozenset(device for device in _others(ours, [copy for copy in copies if not copy.discarded]) if device > ours.device)
 
 
 def _others(ours: Mark, copies: Collection[Copy]) -> set[str]:
@@ -65,21 +77,21 @@ class Contests:
     """Messages of which two devices may have left a copy, each with the time at which it is settled."""
 
     def __init__(self) -> None:
-        self._due: dict[str, tuple[int, bool]] = {}     # first half of the mark -> (ms, whether it is the last time)
+        self._due: dict[str, tuple[int, frozenset[str]]] = {}   # first half of the mark -> (ms, for whom we have waited)
 
     def open(self, message: str, now_ms: int) -> None:
         if message not in self._due and len(self._due) < MAX_CONTESTS:
-            self._due[message] = (now_ms + CONTEST_MS, False)
+            self._due[message] = (now_ms + CONTEST_MS, frozenset())
 
-    def wait(self, message: str, now_ms: int) -> None:
-        self._due[message] = (now_ms + CONTEST_MS, True)
+    def wait(self, message: str, now_ms: int, waiting_for: frozenset[str]) -> None:
+        self._due[message] = (now_ms + CONTEST_MS, waiting_for)
 
     def close(self, message: str) -> None:
         self._due.pop(message, None)
 
-    def due(self, now_ms: int) -> list[tuple[str, bool]]:
-        """(message, whether it is the last time)"""
-        return [(message, last) for message, (at_ms, last) in self._due.items() if at_ms <= now_ms]
+    def due(self, now_ms: int) -> list[tuple[str, frozenset[str]]]:
+        """(message, for whom we have waited)"""
+        return [(message, waited_for) for message, (at_ms, waited_for) in self._due.items() if at_ms <= now_ms]
 
     def next_ms(self) -> int | None:
         """When the next one is due; None: there is none."""

@@ -50,9 +50,8 @@ class Parcel:
     internal_date: str              # as IMAP gave it
     internal_date_ms: int
     again: bool                     # judged before: an earlier try may have left its copy
-    other: int | None = None        # UID of a copy that another device has put there already
-    copy: int | None = None         # UID of the verified copy; 0 where it has none here (Maildir, or filed by a person)
-    own: bool = False               # the copy is ours to take back
+    rival: bool = False             # another device has put a copy there already
+    copy: int | None = None         # UID of our verified copy; 0 where it has none here (Maildir, or filed by a person)
     failure: Failure | None = None
 
 
@@ -67,6 +66,10 @@ class Delivery(Protocol):
 
     async def copies_anywhere(self, session: Session, message: str) -> list[Copy]:
         """Also those that a person has filed in another folder."""
+        ...
+
+    async def is_same(self, session: Session, one: Copy, other: Copy) -> bool:
+        """Whether both are still there and hold the same content."""
         ...
 
     async def withdraw(self, session: Session, copy: Copy) -> None:
@@ -128,7 +131,7 @@ class ImapDelivery:
     async def deliver(self, session: Session, source: Folder, parcels: Sequence[Parcel]) -> None:
         target = self._target or source
         for parcel in parcels:
-            if parcel.again or parcel.other is not None:
+            if parcel.again:
                 await self._find_earlier(session, target, parcel)
         new = [parcel for parcel in parcels if parcel.copy is None]
         if new:
@@ -152,8 +155,17 @@ class ImapDelivery:
         await session.enter(folder)
         uids = await session.box.search(f'HEADER Malote-Mark "{message}"')
         peeked = await session.box.peek_headers(uids, ("Malote-Mark",)) if uids else []
-        marks = ((mark_of(peek.header), peek.uid) for peek in peeked)
-        return [Copy(mark, folder, uid) for mark, uid in marks if mark is not None and mark.message == message]
+        marks = ((mark_of(peek.header), peek) for peek in peeked)
+        return [Copy(mark, folder, peek.uid, _is_discarded(folder, peek.flags)) for mark, peek in marks
+                if mark is not None and mark.message == message]
+
+    async def is_same(self, session: Session, one: Copy, other: Copy) -> bool:
+        found: list[bytes] = []
+        for copy in (one, other):
+            await session.enter(copy.folder)
+            fetched = await session.box.fetch(copy.uid)
+            found += [fetched.raw] if fetched is not None else []
+        return len(found) == 2 and same_content(*found)
 
     async def withdraw(self, session: Session, copy: Copy) -> None:
         await session.enter(copy.folder)
@@ -171,16 +183,15 @@ class ImapDelivery:
                                       remove=[flag for flag in parcel.flags if flag not in flags])
 
     async def _find_earlier(self, session: Session, target: Folder, parcel: Parcel) -> None:
-        """A copy that is there already and whole serves (IMAP keeps no half of an APPEND)."""
+        """A copy of ours that is there already and whole serves (IMAP keeps no half of an APPEND)."""
         for copy in await self.copies(session, target, parcel.mark.message):
-            own = copy.mark == parcel.mark
-            if not own and copy.uid != parcel.other:
+            if copy.mark != parcel.mark:
+                parcel.rival = True
                 continue
-            stored = await session.box.fetch(copy.uid)
+            stored = await session.box.fetch(copy.uid) if parcel.copy is None else None
             if stored is not None and same_content(stored.raw, parcel.raw):
-                parcel.copy, parcel.own = copy.uid, own
-                return
-        if parcel.again and await self._is_elsewhere(session, parcel):
+                parcel.copy = copy.uid
+        if parcel.copy is None and await self._is_elsewhere(session, parcel):
             parcel.copy = 0
 
     async def _is_elsewhere(self, session: Session, parcel: Parcel) -> bool:
@@ -199,7 +210,7 @@ class ImapDelivery:
             if isinstance(answer, MailboxError):
                 parcel.failure = Failure(answer.code or "NO")
             else:
-                parcel.copy, parcel.own = answer.uid if answer is not None else None, True
+                parcel.copy = answer.uid if answer is not None else None
 
     async def _verify(self, session: Session, target: Folder, parcels: Sequence[Parcel]) -> None:
         for parcel in parcels:
@@ -221,6 +232,10 @@ class ImapDelivery:
 
 
 _NOT_READABLE = frozenset({"NO", "NOPERM", "NONEXISTENT", "NOSELECT", "NOUIDVALIDITY", "UIDNOTSTICKY", "INUSE", "UNAVAILABLE"})
+
+
+def _is_discarded(folder: Folder, flags: Sequence[str]) -> bool:
+    return folder.is_trash or any(flag.lower() == "\\deleted" for flag in flags)
 
 
 def _copies(parcels: Iterable[Parcel]) -> list[int]:

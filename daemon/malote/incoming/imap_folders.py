@@ -40,6 +40,12 @@ class Folder:
     def selectable(self) -> bool:
         return "\\noselect" not in self.flags
 
+    @property
+    def is_trash(self) -> bool:
+        """By its attribute, or by the names that are usual for it."""
+        name = self.name.rpartition(self.delimiter)[2] if self.delimiter else self.name
+        return "\\trash" in self.flags or name.lower() in _USUAL_NAMES["\\trash"]
+
     def argument(self) -> Piece:
         """As a command argument."""
         return imap_names.astring(self.wire)

@@ -32,6 +32,9 @@ class MaildirDelivery:
     async def copies_anywhere(self, session: Session, message: str) -> list[Copy]:
         return []
 
+    async def is_same(self, session: Session, one: Copy, other: Copy) -> bool:
+        return False
+
     async def withdraw(self, session: Session, copy: Copy) -> None:
         raise MailboxError("a message delivered into a Maildir is not taken back")
 

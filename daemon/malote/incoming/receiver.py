@@ -19,7 +19,7 @@ from malote.core.freshness import QUARANTINED, UNPROVEN, Arrival, FreshnessLimit
 from malote.core.message import header_fields
 from malote.errors import FormatError, MailboxError
 from malote.incoming.account import AccountKeys, Mark
-from malote.incoming.arbiter import CONTEST_MS, Contests, Copy, Settle, decide_after_lost_move, decide_contest
+from malote.incoming.arbiter import CONTEST_MS, Contests, Copy, Settle, decide_after_lost_move, decide_contest, greater_names
 from malote.incoming.delivery import Delivery, Failure, Parcel, carriable, wrapped
 from malote.incoming.foreign import ForeignFolders
 from malote.incoming.imap_protocol import MAX_LITERAL
@@ -55,8 +55,9 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class Gathered:
-    """A batch of messages, opened; and what the server did not give, with its code. All others are gone."""
+    """A batch of messages, opened; and what the server did not give, with its code. All others that were asked for are gone."""
 
+    asked: Sequence[int]
     letters: list[Letter]
     refused: dict[int, str]
 
@@ -114,7 +115,13 @@ class Receiver:
         await self._set_aside(session, place, [letter for letter in letters if letter.kind is Kind.UNREADABLE])
         for uid, code in gathered.refused.items():
             await self._try_later(place, uid, code)
+        await self._forget_settled(place, gathered)
         return postponed
+
+    async def _forget_settled(self, place: Place, gathered: Gathered) -> None:
+        """What waited and is gone, or turns out to be no concern of ours, waits no more."""
+        kept = {letter.uid for letter in gathered.letters if letter.kind not in {Kind.PLAIN, Kind.OURS}} | gathered.refused.keys()
+        await self._forget_attempts(place, [uid for uid in gathered.asked if uid not in kept])
 
     async def catch_up(self, session: Session) -> None:
         """Record what other devices have opened."""
@@ -131,7 +138,7 @@ class Receiver:
         """
         refused = {uid: "TOOBIG" for uid in uids if sizes.get(uid, 0) > MAX_LITERAL}
         try:
-            return Gathered(await self._opener.open(await session.fetch_all(uids, sizes)), refused)
+            return Gathered(uids, await self._opener.open(await session.fetch_all(uids, sizes)), refused)
         except MailboxError:
             if session.box.lost.is_set():
                 raise
@@ -143,16 +150,12 @@ class Receiver:
                 if session.box.lost.is_set():
                     raise
                 refused[uid] = error.code
-        return Gathered(await self._opener.open(fetched), refused)
+        return Gathered(uids, await self._opener.open(fetched), refused)
 
-    def _others(self, letters: Sequence[Letter]) -> dict[str, int]:
-        """Copies that other devices have put into this folder: message -> UID."""
-        others: dict[str, int] = {}
-        for letter in letters:
-            mark = letter.mark
-            if letter.kind is Kind.OURS and mark is not None and mark.device != self._device:
-                others[mark.message] = letter.uid
-        return others
+    def _others(self, letters: Sequence[Letter]) -> set[str]:
+        """The messages of which other devices have put copies into this folder."""
+        marks = (letter.mark for letter in letters if letter.kind is Kind.OURS)
+        return {mark.message for mark in marks if mark is not None and mark.device != self._device}
 
     # --- decide ---
 
@@ -167,7 +170,7 @@ class Receiver:
 
     # --- act: deliver ---
 
-    async def _deliver(self, session: Session, place: Place, judged: Sequence[Judged], others: dict[str, int]) -> None:
+    async def _deliver(self, session: Session, place: Place, judged: Sequence[Judged], others: set[str]) -> None:
         if not judged:
             return
         for item in judged:
@@ -194,11 +197,14 @@ class Receiver:
         lost = [item for item in delivered if item.letter.uid not in moves.moved and item.letter.uid not in moves.stuck]
         if lost:
             await self._arbitrate(session, place, lost)
+        for item in delivered:      # a rival that is alive takes its copy back when its MOVE fails; one that is dead does not
+            if item.parcel is not None and item.parcel.rival and item.letter.uid in moves.moved:
+                self._contests.open(item.parcel.mark.message, self._clock())
         await self._finish(place, delivered, "opened")
         for uid, code in moves.stuck.items():       # delivered; a later look finds a duplicate there and moves that away
             await self._try_later(place, uid, code)
 
-    def _parcel(self, place: Place, item: Judged, others: dict[str, int], wrap: bool = False) -> Parcel:
+    def _parcel(self, place: Place, item: Judged, others: set[str], wrap: bool = False) -> Parcel:
         letter, opened = item.letter, item.letter.opened
         assert opened is not None       # noqa: S101 -- only opened letters are judged
         judgement = item.stored.judgement
@@ -218,7 +224,7 @@ class Receiver:
         return Parcel(
             uid=fetched.uid, mark=mark, raw=status.deliverable(content, trace, headers),
             flags=kept_flags(fetched.flags, keywords=place.keywords), internal_date=fetched.internal_date,
-            internal_date_ms=fetched.internal_date_ms, again=not item.stored.first, other=others.get(mark.message),
+            internal_date_ms=fetched.internal_date_ms, again=not item.stored.first, rival=mark.message in others,
         )
 
     def _note_copies(self, place: Place, delivered: Sequence[Judged]) -> None:
@@ -262,7 +268,7 @@ class Receiver:
         sealed = await self._foreign.look(session, self._folders.sealed)
         for item in lost:
             parcel, unsealed = item.parcel, item.letter.unsealed
-            if parcel is None or unsealed is None or not parcel.own:
+            if parcel is None or unsealed is None or self._account.deliver == "maildir":
                 continue
             is_sealed = unsealed.payload_digest in sealed
             copies = await self._delivery.copies(session, place.folder, parcel.mark.message)
@@ -348,15 +354,24 @@ class Receiver:
 
     async def settle_contests(self, session: Session) -> None:
         """Where two devices may each have left a copy and nobody knows who won, one of them takes its own back."""
-        for message, last in self._contests.due(self._clock()):
-            copies = await self._delivery.copies_anywhere(session, message)
-            decision = decide_contest(Mark(message, self._device), copies, last=last)
-            if decision is Settle.YIELD and any(copy.mark.device == self._device for copy in copies):
-                await self._withdraw(session, copies)
+        for message, waited_for in self._contests.due(self._clock()):
+            ours, copies = Mark(message, self._device), await self._delivery.copies_anywhere(session, message)
+            decision = decide_contest(ours, copies, waited_for=waited_for)
+            if decision is Settle.YIELD:
+                await self._yield(session, copies)
             if decision is Settle.WAIT:
-                self._contests.wait(message, self._clock())
+                self._contests.wait(message, self._clock(), greater_names(ours, copies))
             else:
                 self._contests.close(message)
+
+    async def _yield(self, session: Session, copies: Sequence[Copy]) -> None:
+        """Take ours back, if one that stays says the same: its device may have died before it could verify it."""
+        ours = [copy for copy in copies if copy.mark.device == self._device]
+        for other in copies:
+            stays = other.mark.device != self._device and not other.discarded
+            if ours and stays and await self._delivery.is_same(session, ours[0], other):
+                await self._withdraw(session, ours)
+                return
 
 
 def unreadable_reason(keys: AccountKeys) -> str:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from malote.core.parts import looks_sealed
 from malote.core.status import carries_status
+from malote.incoming.imap_fetch import HEADER_BYTES
 from malote.incoming.imap_parse import Part
 from malote.incoming.mailbox import Mailbox
 
@@ -63,7 +64,9 @@ async def _peek(box: Mailbox, uids: Sequence[int], authserv_ids: Sequence[str]) 
     mixed: set[int] = set()
     for peeked in await box.peek_headers(uids):
         header = b"\n" + peeked.header.lower()
-        if b"\nmalote" in header or any(carries_status(peeked.header, name) for name in authserv_ids):
+        # behind what is read of a header there may be anything: such a message is fetched whole
+        cut_short = len(peeked.header) >= HEADER_BYTES
+        if cut_short or b"\nmalote" in header or any(carries_status(peeked.header, name) for name in authserv_ids):
             named.add(peeked.uid)
         elif peeked.size >= MIN_SEALED_BYTES and b"multipart/" in header:
             mixed.add(peeked.uid)

@@ -1,0 +1,362 @@
+"""What a reviewer tried: hostile mail, repeats by every way in, three devices at once, and a person who tidies up meanwhile."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import smtplib
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lab.incoming import QUARANTINE, SEALED, Box, note, verdicts
+from lab.servers import HOST
+from malote.core import seal as seal_module
+from malote.core.card import make_card
+from malote.core.manifest import Manifest, serialize_manifest
+from malote.incoming import scan
+from malote.incoming.arbiter import CONTEST_MS
+from malote.incoming.mailbox import Mailbox
+from malote.incoming.watcher import Watcher, now_ms
+from malote.store import Store
+
+NAMES = ("0" * 16, "8" * 16, "f" * 16)
+
+
+async def look(box: Box, store: Store, **settings: Any) -> list[str]:
+    await (await box.watcher(store, **settings)).run_once()
+    return verdicts(box.client.messages())
+
+
+# --- what waits ---
+
+@pytest.mark.parametrize("why", ["gone", "no longer sealed"])
+async def test_what_no_longer_waits_is_not_tried_for_ever(box: Box, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                          why: str) -> None:
+    """A message that could not be delivered and that a person then deletes: else the watcher woke for it every second."""
+    directory = tmp_path / "mail"
+    directory.write_text("in the way")
+    store = await box.open_store()
+    box.client.put(box.seal())
+    await look(box, store, deliver="maildir", maildir=directory)
+    assert len(await store.attempts("box", "INBOX")) == 1
+    if why == "gone":
+        box.client.select()
+        box.client.imap.uid("STORE", "1", "+FLAGS", "\\Deleted")
+        box.client.imap.expunge()
+    else:
+        monkeypatch.setattr("malote.incoming.opening.find_parts", lambda raw: None)
+    await look(box, store, deliver="maildir", maildir=directory, clock=lambda: now_ms() + 3_600_000)
+    assert await store.attempts("box", "INBOX") == []
+
+
+# --- forged headers ---
+
+FIELDS = ["Malote-Verdict: FRESH", "MALOTE-VERDICT : FRESH", "X: y\rMalote-Verdict: FRESH", "malote-mark\t: x",
+          "Malote-Verdict\r\n : FRESH"]
+
+
+@pytest.mark.parametrize("field", FIELDS)
+@pytest.mark.parametrize("behind", [75, 330])
+async def test_forged_behind_a_giant_header(box: Box, field: str, behind: int) -> None:
+    """As a mail server takes it in (Postfix: 100 KB of header): what lies behind the part that is peeked at is looked for too."""
+    padding = b"".join(b"X-%d: %b\r\n" % (number, b"y" * 900) for number in range(behind))
+    box.client.put(padding + field.encode() + b"\r\n" + note())
+    store = await box.open_store()
+    assert await look(box, store) == []
+    assert len(box.client.uids(QUARANTINE)) == 1
+
+
+@pytest.mark.parametrize("field", FIELDS[:4])
+@pytest.mark.parametrize("extra", [b"", b"X-\xe4: \xff\xfe\r\n"])
+async def test_forged_in_a_flood(box: Box, monkeypatch: pytest.MonkeyPatch, field: str, extra: bytes) -> None:
+    """More new messages than have their headers read: the server's search finds the forged one."""
+    monkeypatch.setattr(scan, "PEEK_ALL", 3)
+    for _ in range(6):
+        box.client.put(note("flood"))
+    box.client.put(extra + field.encode() + b"\r\n" + note())
+    assert await look(box, await box.open_store()) == ["None"] * 6
+    assert len(box.client.uids(QUARANTINE)) == 1
+
+
+@pytest.mark.parametrize("deliver", ["replace", "folder"])
+async def test_an_opened_copy_that_comes_in_again_by_mail(box: Box, deliver: str) -> None:
+    """Somebody who got hold of the opened message, with its valid mac, mails it back: by LMTP it has other trace lines above."""
+    store = await box.open_store()
+    box.client.put(box.seal())
+    await look(box, store, deliver=deliver)
+    folder = "INBOX" if deliver == "replace" else "Malote/Opened"
+    [raw] = box.client.fetch(folder)
+    with smtplib.LMTP(HOST, box.dovecot.lmtp_port) as lmtp:
+        for again in (raw, raw[raw.index(b"Malote-Verdict"):], b"Subject: a wrapper\r\n" + raw):
+            lmtp.sendmail("eve@evil.example", [box.user], again)
+    await look(box, store, deliver=deliver)
+    assert verdicts(box.client.messages(folder)) == ["FRESH"]
+    assert len(box.client.uids()) == (1 if deliver == "replace" else 0)
+    assert len(box.client.uids(QUARANTINE)) == 3
+
+
+# --- repeats ---
+
+def dressed(raw: bytes, how: str) -> bytes:
+    """The same sealed parts under another appearance."""
+    head, body = raw.split(b"\r\n\r\n", 1)
+    match how:
+        case "other header":
+            kept = head[head.lower().index(b"content-type"):]
+            return b"From: boss@bank.example\r\nSubject: pay\r\n" + kept + b"\r\n\r\n" + body
+        case "more parts":
+            boundary = body[body.index(b"\r\n--") + 2:].split(b"\r\n", 1)[0]
+            return head + b"\r\n\r\n" + boundary + b"\r\n\r\nPlease pay now.\r\n" + body
+        case "lf":
+            return raw.replace(b"\r\n", b"\n")
+    return raw
+
+
+@pytest.mark.parametrize("deliver", ["replace", "folder", "maildir"])
+@pytest.mark.parametrize("how", ["same", "other header", "more parts", "lf"])
+async def test_a_repeat_in_any_dress(box: Box, tmp_path: Path, deliver: str, how: str) -> None:
+    """Into every watched folder, with any header and with parts around it: never opened a second time."""
+    store, raw = await box.open_store(), box.seal()
+    settings = {"deliver": deliver, "maildir": tmp_path / "mail", "folders": ("INBOX", "Work")}
+    box.client.imap.create("Work")
+    box.client.put(raw)
+    await look(box, store, **settings)
+    box.client.put(dressed(raw, how))
+    box.client.put(dressed(raw, how), "Work")
+    await look(box, store, **settings)
+    opened = len(list((tmp_path / "mail" / "new").iterdir())) if deliver == "maildir" else sum(
+        verdict == "FRESH" for folder in ("INBOX", "Work", "Malote/Opened") for verdict in verdicts(box.client.messages(folder)))
+    assert opened == 1
+    assert len(box.client.uids(QUARANTINE)) == 2
+
+
+async def test_a_repeat_after_the_store_was_lost(box: Box) -> None:
+    """A new store and the cards imported anew; the server shows the old message as new and hides that it was opened."""
+    raw = box.seal(sent_at_ms=now_ms() - 60_000)
+    box.client.put(raw)
+    assert await look(box, await box.open_store()) == ["FRESH"]
+    box.client.imap.delete(SEALED)
+    box.client.put(raw)
+    store = await box.open_store("new", card=False)
+    await box.trust(store, box.sender.identity, since_ms=now_ms())
+    assert await look(box, store) == ["FRESH", "UNVERIFIABLE"]
+
+
+async def test_a_repeat_after_what_was_remembered_expired(box: Box) -> None:
+    """Or after the clock went a long way ahead and came back: what was forgotten is never fresh again."""
+    store, raw = await box.open_store(), box.seal()
+    box.client.put(raw)
+    assert await look(box, store) == ["FRESH"]
+    await store.expire(now_ms() + 500 * 86_400_000, 400)
+    box.client.imap.delete(SEALED)
+    box.client.put(raw)
+    assert await look(box, store) == ["FRESH", "UNVERIFIABLE"]
+
+
+@pytest.mark.parametrize("deliver", ["replace", "folder"])
+async def test_the_same_mail_in_two_folders_under_two_devices(box: Box, deliver: str) -> None:
+    """A copy in each of two folders, a device at each: both win their MOVE. At rest one opened copy is left."""
+    late = [0]
+    box.client.imap.create("Work")
+    watchers = [await box.watcher(await box.open_store(name), device=name, deliver=deliver, folders=folders,
+                                  clock=lambda: now_ms() + late[0])
+                for name, folders in ((NAMES[0], ("INBOX", "Work")), (NAMES[2], ("Work", "INBOX")))]
+    for watcher in watchers:
+        await watcher.run_once()
+    raw = box.seal()
+    for folder in ("INBOX", "Work"):
+        box.client.put(raw, folder)
+    await asyncio.gather(*(watcher.run_once() for watcher in watchers))
+    for _ in range(4):
+        for watcher in watchers:
+            await watcher.run_once()
+        late[0] += CONTEST_MS + 1000
+    opened = [verdict for folder in ("INBOX", "Work", "Malote/Opened") for verdict in verdicts(box.client.messages(folder))]
+    assert opened == ["FRESH"]
+    assert len(box.client.uids(SEALED)) + len(box.client.uids(QUARANTINE)) == 2
+
+
+# --- verdicts that need a card's or a message's own limit ---
+
+async def test_expired(box: Box, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sender's own "do not act on this after"; nothing of ours writes it yet."""
+    def with_expiry(manifest: Manifest) -> bytes:
+        return serialize_manifest(replace(manifest, expires_at_ms=now_ms() - 1000))
+
+    monkeypatch.setattr(seal_module, "serialize_manifest", with_expiry)
+    box.client.put(box.seal(sent_at_ms=now_ms() - 60_000))
+    assert await look(box, await box.open_store()) == ["EXPIRED"]
+
+
+async def test_revoked(box: Box) -> None:
+    """A card that no longer held when the message was signed."""
+    old, now = box.sender.identity, now_ms()
+    card = make_card(old.signing, old.address, old.card.encryption, sequence=2, made_at_ms=now - 3_000_000,
+                     expires_at_ms=now - 1_000_000)
+    box.sender.identity = replace(old, card=card)
+    box.client.put(box.seal())
+    assert await look(box, await box.open_store()) == ["REVOKED"]
+    assert "revoked" in str(box.client.messages()[0]["Malote-Verdict"])
+
+
+# --- three devices ---
+
+def held(monkeypatch: pytest.MonkeyPatch, method: str, watcher: Watcher, until: asyncio.Event) -> asyncio.Event:
+    """The next call of this mailbox method by this watcher waits; set when it has come there."""
+    original, here = getattr(Mailbox, method), asyncio.Event()
+
+    async def waiting(box: Mailbox, *arguments: Any) -> Any:
+        if box._account is watcher.account:
+            here.set()
+            await until.wait()
+        return await original(box, *arguments)
+
+    monkeypatch.setattr(Mailbox, method, waiting)
+    return here
+
+
+def together(monkeypatch: pytest.MonkeyPatch, method: str, count: int) -> None:
+    """The first calls of this mailbox method happen at the same moment, if so many come within half a second."""
+    original, here, all_here = getattr(Mailbox, method), [0], asyncio.Event()
+
+    async def waiting(box: Mailbox, *arguments: Any) -> Any:
+        here[0] += 1
+        if here[0] >= count:
+            all_here.set()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(0.5):
+                await all_here.wait()
+        return await original(box, *arguments)
+
+    monkeypatch.setattr(Mailbox, method, waiting)
+
+
+class Trio:
+    """Three devices that have seen the folders before, and whose clocks can be put forward together."""
+
+    def __init__(self, box: Box) -> None:
+        self.box = box
+        self.late = 0
+        self.watchers: list[Watcher] = []
+
+    async def start(self, names: tuple[str, ...]) -> None:
+        for name in names:
+            store = await self.box.open_store(name)
+            self.watchers.append(await self.box.watcher(store, device=name, clock=lambda: now_ms() + self.late))
+        for watcher in self.watchers:
+            await watcher.run_once()
+
+    def subjects(self) -> list[str]:
+        return [str(message["Subject"]) for message in self.box.client.messages()]
+
+    async def settle(self) -> list[str]:
+        """What is left when every contest is over. All devices look at once."""
+        for _ in range(5):
+            await asyncio.gather(*(watcher.run_once() for watcher in self.watchers))
+            self.late += CONTEST_MS + 1000
+        return self.subjects()
+
+
+ORDERS = [(0, 1, 2), (1, 2, 0), (2, 0, 1)]
+
+
+@pytest.mark.parametrize("order", ORDERS)
+async def test_two_losers_and_a_winner_who_saw_their_copies(box: Box, monkeypatch: pytest.MonkeyPatch,
+                                                            order: tuple[int, ...]) -> None:
+    """Each loser sees the other's copy and takes its own back. Had the winner relied on one of those, nothing would be left."""
+    trio = Trio(box)
+    await trio.start(tuple(NAMES[number] for number in order))
+    winner, first, second = trio.watchers
+    box.client.put(box.seal(note("three", to=box.user)))
+    won = asyncio.Event()
+    first_at_move = held(monkeypatch, "move", first, won)
+    second_at_move = held(monkeypatch, "move", second, won)
+    held(monkeypatch, "append_many", second, first_at_move)
+    losers = [asyncio.create_task(watcher.run_once()) for watcher in (second, first)]
+    await first_at_move.wait()
+    await second_at_move.wait()
+    together(monkeypatch, "expunge", 2)
+    await winner.run_once()
+    won.set()
+    await asyncio.gather(*losers)
+    monkeypatch.undo()
+    assert "three" in trio.subjects()
+    assert await trio.settle() == ["three"]
+    assert len(box.client.uids(SEALED)) == 1
+
+
+@pytest.mark.parametrize("order", ORDERS)
+async def test_an_original_taken_from_under_three_devices(box: Box, monkeypatch: pytest.MonkeyPatch,
+                                                          order: tuple[int, ...]) -> None:
+    """A person files the sealed message when all three have their copies there: one after the other yields, and not the last."""
+    trio = Trio(box)
+    await trio.start(tuple(NAMES[number] for number in order))
+    box.client.put(box.seal(note("three", to=box.user)))
+    filed = asyncio.Event()
+    together(monkeypatch, "append_many", 3)
+    arrived = [held(monkeypatch, "move", watcher, filed) for watcher in trio.watchers]
+    running = [asyncio.create_task(watcher.run_once()) for watcher in trio.watchers]
+    for event in arrived:
+        await event.wait()
+    assert box.client.move(box.client.uids("INBOX", "HEADER Malote 1")[0], "Drafts")
+    filed.set()
+    await asyncio.gather(*running)
+    assert trio.subjects() == ["three"] * 3, "for the moment"
+    monkeypatch.undo()
+    together(monkeypatch, "expunge", 2)
+    assert await trio.settle() == ["three"]
+
+
+async def two_copies(box: Box, monkeypatch: pytest.MonkeyPatch) -> Trio:
+    """The person files the original when both devices have their copies there: two are left, and a contest."""
+    trio = Trio(box)
+    await trio.start((NAMES[0], NAMES[2]))
+    box.client.put(box.seal(note("two", to=box.user)))
+    filed = asyncio.Event()
+    together(monkeypatch, "append_many", 2)
+    arrived = [held(monkeypatch, "move", watcher, filed) for watcher in trio.watchers]
+    running = [asyncio.create_task(watcher.run_once()) for watcher in trio.watchers]
+    for event in arrived:
+        await event.wait()
+    assert box.client.move(box.client.uids("INBOX", "HEADER Malote 1")[0], "Drafts")
+    filed.set()
+    await asyncio.gather(*running)
+    monkeypatch.undo()
+    assert trio.subjects() == ["two"] * 2
+    return trio
+
+
+@pytest.mark.parametrize("name", NAMES[::2])
+@pytest.mark.parametrize("way", ["trash", "deleted"])
+async def test_a_copy_that_a_person_throws_away_is_not_the_one_that_stays(box: Box, monkeypatch: pytest.MonkeyPatch, name: str,
+                                                                          way: str) -> None:
+    """Somebody sees a message twice and deletes one: the program must not take the other one back for it."""
+    trio = await two_copies(box, monkeypatch)
+    [uid] = box.client.uids("INBOX", f'HEADER Malote-Mark "-{name}"')
+    if way == "trash":
+        box.client.imap.create("Trash")
+        box.client.select()
+        assert box.client.move(uid, "Trash")
+    else:
+        box.client.imap.uid("STORE", str(uid), "+FLAGS", "\\Deleted")
+    await trio.settle()
+    if way == "deleted":
+        box.client.select()
+        box.client.imap.expunge()
+    assert trio.subjects() == ["two"]
+
+
+async def test_a_copy_yields_only_to_the_same(box: Box, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other device died before it could see that the server had changed what it stored."""
+    trio = await two_copies(box, monkeypatch)
+    [uid] = box.client.uids("INBOX", f'HEADER Malote-Mark "-{NAMES[0]}"')
+    raw = box.client.fetch()[box.client.uids().index(uid)]
+    box.client.imap.uid("STORE", str(uid), "+FLAGS", "\\Deleted")
+    box.client.imap.expunge()
+    box.client.put(raw.replace(b"Guten Tag", b"Guten ???"))
+    trio.watchers.pop(0)
+    await trio.settle()
+    assert any(b"Guten Tag" in found for found in box.client.fetch())
