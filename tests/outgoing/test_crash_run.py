@@ -81,7 +81,7 @@ class Place:
 
 # to bob openly and to dave as Bcc: two copies, each with MAIL, RCPT, DATA; certain: the server had not taken the message yet
 STEPS = {"CONNECT 1": True, "EHLO 1": True, "MAIL 1": True, "RCPT 1": True, "RCPT 2": True, "RSET 1": True, "MAIL 2": True,
-         "RCPT 3": True, "DATA 1": True, "DOT 1": True, "DOT! 1": False, "MAIL 3": False, "DATA 2": False, "DOT 2": False,
+         "RCPT 3": True, "DATA 1": True, "DOT 1": False, "DOT! 1": False, "MAIL 3": False, "DATA 2": False, "DOT 2": False,
          "DOT! 2": False}
 QUICK = ("RCPT 2", "DATA 1", "DOT! 1", "DOT! 2")
 
