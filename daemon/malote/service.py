@@ -1,6 +1,7 @@
 """Builds everything from the configuration and runs it: listeners, watchers, upkeep, signals. Only this module names them all.
 
-A reload (SIGHUP) builds what changed beside what runs: open connections keep the desk they began with, new ones get the new one;
+A reload (SIGHUP) builds what changed beside what runs: open connections keep the desk they began with, new ones get the new one
+(but the rules, what must be sealed, are the new ones for both at once);
 watchers whose account did not change are left alone. A configuration with faults changes nothing.
 """
 
@@ -170,6 +171,8 @@ class Service:
         self._listeners |= opened
         if self._outgoing is not None:
             self._retired.append(self._outgoing)
+        for old in self._retired:       # what must be sealed from now on, must be sealed on open connections too
+            old.submissions.rules = config.outgoing.rules
         self._outgoing = build
 
     def _must_open(self, place: Place, listener: ListenerConfig) -> bool:

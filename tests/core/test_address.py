@@ -13,6 +13,7 @@ from malote.core.address import (
     domain_of,
     is_gateway,
     parse_mailboxes,
+    routed_addresses,
 )
 from malote.errors import FormatError
 
@@ -182,3 +183,22 @@ def test_large_values_end_quickly(value: str) -> None:
     """The timeout of the suite would notice quadratic work."""
     with pytest.raises(FormatError):
         parse_mailboxes(value)
+
+
+@pytest.mark.parametrize(("address", "targets"), [
+    ("bob@b.example", []), ("bob+tag@b.example", []), ("100%@b.example", []), ("!@b.example", []),
+    ("bob%b.example@relay.example", ["bob@b.example"]), ("b.example!bob@relay.example", ["bob@b.example"]),
+    ('"bob@b.example"@relay.example', ["bob@b.example"]), ('"bob@B.example."@relay.example', []),
+    ("bob%b.example%c.example@relay.example", ["bob%b.example@c.example", "bob@b.example"]),
+    ("c.example!b.example!bob@relay.example", ["b.example!bob@c.example", "bob@b.example"]),
+    ('"two words%b.example"@relay.example', ['"two words"@b.example']),
+    ('"bob%bücher.example"@relay.example', ["bob@xn--bcher-kva.example"]),
+])
+def test_routes_in_the_local_part(address: str, targets: list[str]) -> None:
+    """Postfix and Sendmail follow them: what is written there is where the mail may go."""
+    assert routed_addresses(canonical_address(address)) == targets
+
+
+def test_too_many_routes_are_refused() -> None:
+    with pytest.raises(FormatError):
+        routed_addresses("a" + "%b.example" * 11 + "@relay.example")

@@ -43,6 +43,37 @@ async def test_what_has_no_canonical_form_is_553(tmp_path: Path, address: str) -
     assert upstream.messages == []
 
 
+SPELLINGS = ["BOB@TEST.EXAMPLE", '"bob"@test.example', '"b\\ob"@Test.example',
+             "bob@\uff54\uff45\uff53\uff54.example", "bob@test\u3002example", "bob@te\u00adst.example"]
+ROUTES = ["bob%test.example@relay.example", "test.example!bob@relay.example", '"bob@test.example"@relay.example',
+          "bob%test.example%c.example@relay.example", "BOB%TEST.EXAMPLE@relay.example",
+          "x.example!test.example!bob@relay.example"]
+NOBODY = ["bob@test.example.", "bob@.test.example", '"bob"x@test.example', "bob@test.example\u3002"]
+
+
+@pytest.mark.parametrize("rules", [(), (RuleConfig(recipients=("@test.example",), seal="require"),)], ids=["card", "rule"])
+async def test_no_spelling_of_an_address_and_no_route_to_it_is_a_way_out_in_clear(
+        tmp_path: Path, rules: tuple[RuleConfig, ...]) -> None:
+    """Bob has a card (or his domain a rule): however he is written, his mail is sealed or refused. A relay in between may
+    follow a route in the local part, as Postfix and Sendmail do for clients they trust."""
+    async with Upstream() as upstream, gateway(tmp_path, upstream, rules) as gw:
+        for number, spelled in enumerate([*SPELLINGS, *ROUTES, *NOBODY]):
+            content = text(message_id=f"<{number}@test.example>")
+            before = len(upstream.messages)
+            done = await gw.submit(ALICE.address, [spelled], content, mail=["SMTPUTF8"])
+            if spelled in SPELLINGS:
+                assert done.code == 250, spelled
+                assert opened(upstream.messages[-1].content, BOB, ALICE).signature == "valid"
+            elif spelled in ROUTES:
+                assert done.data.startswith("550 5.7.1 Mail for "), spelled
+                assert "@test.example must be sealed" in done.data or "@c.example must" in done.data
+            else:
+                assert done.code in (501, 553), spelled
+            assert len(upstream.messages) == before + (spelled in SPELLINGS)
+        assert b"the secret" not in upstream.wire
+        assert (await gw.submit(ALICE.address, ["bob%else.example@relay.example"], text())).code == 250, "leads to nobody sealed"
+
+
 async def test_who_ever_had_a_card_is_not_written_to_in_clear(tmp_path: Path) -> None:
     async with Upstream() as upstream, gateway(tmp_path, upstream) as gw:
         assert (await gw.submit(ALICE.address, [STRANGER], text(to=STRANGER))).code == 250

@@ -42,7 +42,7 @@ def listens(port: int) -> bool:
 
 def test_rules_and_listeners_change_under_open_connections(home: Home, lab: Lab, postfix: Postfix) -> None:
     """SIGHUP: a changed rule, a new and a removed listener, another way to log in at the same address; an open connection goes
-    on with what it began with, and a faulty file changes nothing at all."""
+    on, under the new rules, and a faulty file changes nothing at all."""
     first, second, third = free_port(), free_port(), free_port()
     up = upstream(postfix.submission_port, lab.certificate)
     home.configure(listener(first) + listener(second) + up + rule("never"))
@@ -63,9 +63,9 @@ def test_rules_and_listeners_change_under_open_connections(home: Home, lab: Lab,
         assert rcpt(first, CLEO) == 550, "new connections know the new rule"
         assert rcpt(third, CLEO) == 550
         assert not listens(second)
-        for client in (old, removed):       # neither dropped nor changed
+        for client in (old, removed):       # not dropped
             client.mail(ANNA)
-            assert client.rcpt(CLEO)[0] == 250
+            assert client.rcpt(CLEO)[0] == 550, "what must be sealed now, must be sealed on open connections too"
             client.rset()
         home.secret("users", "")
         home.configure(listener(first, f'auth = "local"\nusers_file = "{home.root}/users"') + up.replace(
@@ -78,6 +78,28 @@ def test_rules_and_listeners_change_under_open_connections(home: Home, lab: Lab,
         old.mail(ANNA)
         assert old.rcpt(CLEO)[0] == 250
         assert daemon.stop() == 0
+
+
+def test_a_rule_that_changes_between_rcpt_and_data(home: Home, lab: Lab, postfix: Postfix) -> None:
+    """The recipients were accepted while their mail might go clear; it may not any more when the text comes."""
+    port = free_port()
+    up = upstream(postfix.submission_port, lab.certificate)
+    home.configure(listener(port) + up + rule("prefer"))
+    with home.daemon() as daemon, closing(smtplib.SMTP(HOST, port)) as client:
+        client.login(ANNA, PASSWORD)
+        client.mail(ANNA)
+        assert client.rcpt(CLEO)[0] == 250
+        assert client.docmd("DATA")[0] == 354
+        home.configure(listener(port) + up + rule("require"))
+        daemon.reload()
+        client.send(f"From: {ANNA}\r\n\r\nsecret\r\n.\r\n".encode())
+        assert client.getreply()[0] == 550
+        client.mail(ANNA)
+        assert client.rcpt(CLEO)[0] == 550
+        home.configure(listener(port) + up + rule("prefer"))
+        daemon.reload()
+        assert client.rcpt(CLEO)[0] == 250
+        assert client.data(f"From: {ANNA}\r\n\r\nopen\r\n".encode())[0] == 250
 
 
 def test_a_port_that_is_taken_changes_nothing(home: Home, lab: Lab, postfix: Postfix) -> None:

@@ -23,6 +23,7 @@ MAX_LOCAL_EXPANDED = 2 * MAX_LOCAL_BYTES
 MAX_DOMAIN_BYTES = 253              # RFC 1035 2.3.4, written without the final dot
 MAX_HEADER_VALUE_BYTES = 1024 * 1024    # 10,000 recipients of 100 bytes; the reader is linear, this bounds what it is given
 MAX_COMMENT_DEPTH = 20
+MAX_ROUTES = 10                     # each is looked up
 
 # RFC 5322 3.2.3 atext, extended by RFC 6532 3.2 to any character beyond ASCII (which of those is decided by `_check_characters`)
 _ATEXT = r"A-Za-z0-9!#$%&'*+\-/=?^_`{|}~\u0080-\U0010ffff"
@@ -35,6 +36,7 @@ _DOMAIN = re.compile(r"[A-Za-z0-9_\-.\u0080-\U0010ffff]+")
 _LABEL = re.compile(r"[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9_])?")     # RFC 1123 2.1; the underscore is in use
 _CFWS_PLAIN = re.compile(r"[ \t]+")
 _COMMENT_TEXT = re.compile(r"[^()\\]+")
+_ROUTE = re.compile(r"[@%!]")
 _FOLD = re.compile(r"\r?\n(?=[ \t])")
 _CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")
 _UPPER = {code: code + 32 for code in range(ord("A"), ord("Z") + 1)}
@@ -68,6 +70,34 @@ def canonical_card_address(text: str) -> str:
 def domain_of(address: str) -> str:
     """The domain of a canonical address or gateway."""
     return address.rpartition("@")[2]
+
+
+def routed_addresses(address: str) -> list[str]:
+    """Where a server that follows routes in local parts would carry mail for this canonical address: `bob%b.example@relay`,
+    `b.example!bob@relay`, `"bob@b.example"@relay` are bob@b.example at the relay (RFC 1123 5.2.16, RFC 5321 appendix C).
+
+    Raises `FormatError` for more than `MAX_ROUTES`.
+    """
+    local = address.rpartition("@")[0]
+    if not _ROUTE.search(local):
+        return []
+    found: list[str] = []
+    waiting = [_unquote(local[1:-1]) if local.startswith('"') else local]
+    while waiting:
+        text = waiting.pop()
+        for mark in "@%!":
+            left, middle, right = text.partition(mark) if mark == "!" else text.rpartition(mark)
+            if not middle:
+                continue
+            if len(found) == MAX_ROUTES:
+                raise FormatError("address has too many routes in its local part")
+            person, domain = (right, left) if mark == "!" else (left, right)
+            waiting.append(person)
+            try:
+                found.append(canonical_address(f"{_quoted(person)}@{domain}"))
+            except FormatError:     # such as 100%@b.example: no route, or one that leads nowhere
+                continue
+    return found
 
 
 def is_gateway(address: str) -> bool:
@@ -112,6 +142,10 @@ def _canonical_local(text: str, *, quoted: bool) -> str:
         return local
     if not quoted:
         raise FormatError("local part of an address is not valid")
+    return _quoted(local)
+
+
+def _quoted(local: str) -> str:
     return '"' + re.sub(r'(["\\])', r"\\\1", local) + '"'
 
 

@@ -15,16 +15,16 @@ from dataclasses import dataclass, field
 
 import structlog
 
-from malote.config import LimitsConfig, OutgoingConfig
-from malote.core.address import domain_of
+from malote.config import LimitsConfig, OutgoingConfig, RuleConfig
+from malote.core.address import domain_of, routed_addresses
 from malote.core.encrypted import decide_encrypted
 from malote.core.identity import Identity
 from malote.core.message import Prepared, complete, prepare
 from malote.core.outer import threading_ids
 from malote.core.policy import Action, check_mix, check_recipients, decide_envelope, decide_recipient
 from malote.core.primitives import hmac_sha256, random_bytes
-from malote.errors import MaloteError, Reply, StoreUnavailable, UpstreamError
-from malote.outgoing.answers import Outcome, State, decide_answer
+from malote.errors import MaloteError, PolicyRefused, Reply, StoreUnavailable, UpstreamError
+from malote.outgoing.answers import Outcome, State, decide_answer, printable
 from malote.outgoing.copies import Letter, make_outer, received_line
 from malote.outgoing.delivery import INLINE_BYTES, LOCAL, TOO_LATE, Delivery
 from malote.outgoing.desk import ClientSession, Params
@@ -80,6 +80,7 @@ class Submissions:
                  identities: Callable[[], Mapping[str, Identity]], clock_ms: Callable[[], int],
                  inflight: InFlight | None = None) -> None:
         self.config = config
+        self.rules = config.rules       # replaced by a reload, also for connections that are open: policy does not wait for them
         self.clock_ms = clock_ms
         self.cards = CardFinder(store)
         self._limits = limits
@@ -94,15 +95,26 @@ class Submissions:
         self._executor.shutdown(wait=False)
 
     async def recipient(self, address: str, path: str, params: Params, sender: str) -> Recipient:
-        """Look up the card and decide what the envelope alone shows. Raises `KeyMissing` when that is a refusal."""
+        """Look up the card and decide what the envelope alone shows. Raises `KeyMissing`, `PolicyRefused` for a refusal."""
         found = await self.cards.find(address, self.clock_ms())
-        rules, card = self.config.rules, found.card is not None
+        rules, card = self.rules, found.card is not None
         decision = decide_recipient(rules, sender, address, card=card, had_card=found.had_card)
+        if decision.action is Action.PLAIN:
+            await self._check_routes(rules, address, sender)
         if decision.action is Action.REFUSE:
             refused = decide_envelope(rules, sender, address, card=card, had_card=found.had_card)
             if refused is not None:
                 check_recipients([refused])
-        return Recipient(address, path, params, found.card, found.had_card, decision)
+        return Recipient(address, path, params, found.card, found.had_card, decision, rules)
+
+    async def _check_routes(self, rules: Sequence[RuleConfig], address: str, sender: str) -> None:
+        """What must be sealed for bob@b.example does not leave in clear for bob%b.example@relay. Raises `PolicyRefused`."""
+        for target in routed_addresses(address):
+            found = await self.cards.find(target, self.clock_ms())
+            decision = decide_recipient(rules, sender, target, card=found.card is not None, had_card=found.had_card)
+            if decision.action is not Action.PLAIN:
+                text = f"Mail for {printable(target)} must be sealed, so write to that address itself; nothing was sent"
+                raise PolicyRefused("a route to a recipient whose mail is sealed", reply=Reply(550, "5.7.1", text))
 
     async def send(self, session: ClientSession, tx: Transaction, submitter: Submitter, content: bytearray) -> Finished:
         """Raises `MaloteError` with the reply when nothing was sent. `content` is emptied as soon as it is not needed."""
@@ -161,10 +173,11 @@ class Submissions:
         encrypted = decide_encrypted(content)
         identities = self._identities()
         exists = from_address in identities or f"@{domain_of(from_address)}" in identities
-        if prepared.controls is not None or reply or encrypted != "no" or not exists:    # else RCPT has decided from the same
+        changed = any(recipient.rules is not self.rules for recipient in recipients.values())
+        if changed or prepared.controls is not None or reply or encrypted != "no" or not exists:    # else RCPT had all of it
             for recipient in recipients.values():
                 recipient.decision = decide_recipient(
-                    self.config.rules, from_address, recipient.address, card=recipient.card is not None,
+                    self.rules, from_address, recipient.address, card=recipient.card is not None,
                     had_card=recipient.had_card, control=prepared.controls, reply=reply, encrypted=encrypted, identity=exists)
         decisions = [recipient.decision for recipient in recipients.values()]
         check_recipients(decisions)

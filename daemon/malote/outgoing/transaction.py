@@ -7,8 +7,10 @@ together with the first RCPT: by then it is known whether the message will most 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from malote.config import RuleConfig
 from malote.core.card import Card
 from malote.core.policy import Action, Decision
 from malote.errors import Reply, UpstreamError
@@ -28,6 +30,7 @@ class Recipient:
     card: Card | None
     had_card: bool
     decision: Decision          # from the envelope alone, then from the content too
+    rules: Sequence[RuleConfig] = ()    # that were in force then
     action: Action | None = None    # final; None: not decided, and nothing may be sent
     reply: asyncio.Future[Reply] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
 
