@@ -360,3 +360,45 @@ async def test_a_copy_yields_only_to_the_same(box: Box, monkeypatch: pytest.Monk
     trio.watchers.pop(0)
     await trio.settle()
     assert any(b"Guten Tag" in found for found in box.client.fetch())
+
+
+# --- many ---
+
+@pytest.mark.parametrize("deliver", ["replace", "maildir"])
+async def test_a_flood_of_repeats_is_fetched_once(box: Box, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, deliver: str) -> None:
+    """Somebody sends the same bytes again and again: each is fetched and opened once, not again for every other one."""
+    raw, other = box.seal(), box.seal(note("other", to=box.user))
+    for message in (*[raw] * 40, other, *[raw] * 40):
+        box.client.put(message)
+    fetched: list[int] = []
+    fetch_many = Mailbox.fetch_many
+
+    def counting(self: Mailbox, uids: Any, **options: Any) -> Any:
+        wanted = list(uids)
+        fetched.extend(wanted)
+        return fetch_many(self, wanted, **options)
+
+    monkeypatch.setattr(Mailbox, "fetch_many", counting)
+    opened = await look(box, await box.open_store(), deliver=deliver, maildir=tmp_path / "mail")
+    assert len(fetched) <= 81 + 2, "all, and the two opened copies"
+    assert opened == (["FRESH"] * 2 if deliver == "replace" else [])
+    assert len(box.client.uids(SEALED)) == 2
+    assert len(box.client.uids(QUARANTINE)) == 79
+
+
+async def test_repeats_of_what_could_not_be_delivered(box: Box, tmp_path: Path) -> None:
+    """While the first waits for room, its repeats wait too; in the end one is opened, whichever comes first."""
+    directory, store, raw = tmp_path / "mail", await box.open_store(), box.seal()
+    directory.write_text("in the way")
+    for _ in range(4):
+        box.client.put(raw)
+    await look(box, store, deliver="maildir", maildir=directory)
+    assert len(box.client.uids()) == 4
+    assert sorted(attempt.reason for attempt in await store.attempts("box", "INBOX")) == ["DISK"] + ["REPEAT"] * 3
+    directory.unlink()
+    await look(box, store, deliver="maildir", maildir=directory, clock=lambda: now_ms() + 3_600_000)
+    assert box.client.uids() == []
+    assert len(list((directory / "new").iterdir())) == 1
+    assert len(box.client.uids(SEALED)) == 1
+    assert len(box.client.uids(QUARANTINE)) == 3
+    assert await store.attempts("box", "INBOX") == []

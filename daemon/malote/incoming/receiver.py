@@ -99,24 +99,39 @@ class Receiver:
         self._clock = clock
         self._own_copies = own_copies
 
-    async def receive(self, session: Session, place: Place, gathered: Gathered) -> list[int]:
-        """Deal with these messages. Returns those that must come in a later batch: repeats of one in this batch.
+    async def receive(self, session: Session, place: Place, gathered: Gathered) -> None:
+        """Deal with these messages.
 
         Raises `MailboxLost`, `MailboxError`, `StoreUnavailable`: then nothing is lost, and the batch is to be tried again.
         """
         await self.catch_up(session)
         letters = gathered.letters
-        batch, postponed = first_of_each(letter for letter in letters if letter.kind is Kind.OPENED)
+        first, repeats = first_of_each(letter for letter in letters if letter.kind is Kind.OPENED)
         others = self._others(letters)
-        judged = await self._judge(place, batch)
+        judged = await self._judge(place, first)
         await self._deliver(session, place, [item for item in judged if item.stored.judgement.deliver], others)
-        await self._quarantine(session, place, [item for item in judged if item.stored.judgement.quarantine],
+        again = await self._judge(place, repeats)       # now that it is known whether the first of each was delivered
+        await self._deliver(session, place, await self._once_each(place, judged, again), others)
+        await self._quarantine(session, place, [item for item in (*judged, *again) if item.stored.judgement.quarantine],
                                [letter for letter in letters if letter.kind is Kind.FORGED])
         await self._set_aside(session, place, [letter for letter in letters if letter.kind is Kind.UNREADABLE])
         for uid, code in gathered.refused.items():
             await self._try_later(place, uid, code)
         await self._forget_settled(place, gathered)
-        return postponed
+
+    async def _once_each(self, place: Place, judged: Sequence[Judged], again: Sequence[Judged]) -> list[Judged]:
+        """Those of `again` that are to be delivered, but never one of a message that could not be delivered just now."""
+        tried = {item.stored.row_id for item in judged}
+        wanted: list[Judged] = []
+        for item in again:
+            if not item.stored.judgement.deliver:
+                continue
+            if item.stored.row_id in tried:
+                await self._try_later(place, item.letter.uid, "REPEAT")
+            else:
+                tried.add(item.stored.row_id)
+                wanted.append(item)
+        return wanted
 
     async def _forget_settled(self, place: Place, gathered: Gathered) -> None:
         """What waited and is gone, or turns out to be no concern of ours, waits no more."""
@@ -379,18 +394,18 @@ def unreadable_reason(keys: AccountKeys) -> str:
     return f"unreadable {keys.generation}"
 
 
-def first_of_each(letters: Iterable[Letter]) -> tuple[list[Letter], list[int]]:
-    """The first letter of each message, and the UIDs of repeats: those are judged when the first is delivered or not."""
+def first_of_each(letters: Iterable[Letter]) -> tuple[list[Letter], list[Letter]]:
+    """The first letter of each message, and the repeats: those are judged when the first is delivered or not."""
     seen: set[object] = set()
     first: list[Letter] = []
-    repeats: list[int] = []
+    repeats: list[Letter] = []
     for letter in letters:
         unsealed = letter.unsealed
         if unsealed is None:
             continue
         names = {unsealed.payload_digest, (unsealed.sender, unsealed.manifest.id)}
         if names & seen:
-            repeats.append(letter.uid)
+            repeats.append(letter)
         else:
             first.append(letter)
         seen |= names

@@ -232,14 +232,12 @@ class Watcher:
             while ahead is not None and not self._stopping.is_set():
                 batch, gathered = ahead[0], await ahead[1]
                 ahead = None if self._stopping.is_set() else await self._gather_ahead(session, place, todo, receiver)
-                todo.extend(await receiver.receive(session, place, gathered))
+                await receiver.receive(session, place, gathered)
                 left = [*todo, *(ahead[0] if ahead is not None else ())]
                 progress.report(len(uids) - len(left))
                 if state is not None and left and batch:
                     reached = FolderState(state.uidvalidity, max(state.last_uid, min(left) - 1), state.last_sync_ms)
                     await self._store.set_folder_state(self.account.name, place.folder.name, reached)
-                if ahead is None and not self._stopping.is_set():
-                    ahead = await self._gather_ahead(session, place, todo, receiver)
         finally:
             if ahead is not None:
                 ahead[1].cancel()
