@@ -10,6 +10,7 @@ import ipaddress
 import re
 import unicodedata
 from dataclasses import dataclass
+from functools import lru_cache
 
 import idna
 
@@ -24,6 +25,9 @@ MAX_DOMAIN_BYTES = 253              # RFC 1035 2.3.4, written without the final 
 MAX_HEADER_VALUE_BYTES = 1024 * 1024    # 10,000 recipients of 100 bytes; the reader is linear, this bounds what it is given
 MAX_COMMENT_DEPTH = 20
 MAX_ROUTES = 10                     # each is looked up
+# A message's few addresses are read at MAIL or RCPT, for policy, for the outer header and for the manifest, 20 us each time
+_REMEMBERED = 4096                  # values, and only short ones: half a megabyte at most
+_REMEMBERED_CHARACTERS = 128
 
 # RFC 5322 3.2.3 atext, extended by RFC 6532 3.2 to any character beyond ASCII (which of those is decided by `_check_characters`)
 _ATEXT = r"A-Za-z0-9!#$%&'*+\-/=?^_`{|}~\u0080-\U0010ffff"
@@ -49,6 +53,10 @@ def canonical_address(text: str) -> str:
     in use tells them apart, and a key found for one spelling must be found for the other), quoted only if it has to be.
     Raises `FormatError`.
     """
+    return _known_address(text) if len(text) <= _REMEMBERED_CHARACTERS else _canonical(text)
+
+
+def _canonical(text: str) -> str:
     match = _QUOTED.match(text)
     if match:
         local, rest = _unquote(match[1]), text[match.end():]
@@ -60,6 +68,9 @@ def canonical_address(text: str) -> str:
         if not found:
             raise FormatError("address has no domain")
     return _canonical_local(local, quoted=match is not None) + "@" + canonical_domain(domain)
+
+
+_known_address = lru_cache(maxsize=_REMEMBERED)(_canonical)
 
 
 def canonical_card_address(text: str) -> str:
@@ -172,13 +183,22 @@ def parse_mailboxes(header_value: str | bytes) -> list[str]:
     inside, a route, or anything the grammar does not know raises `FormatError`; so does a value too long. Empty members are
     accepted (RFC 5322 4.4), an empty value gives an empty list.
     """
+    if len(header_value) <= _REMEMBERED_CHARACTERS:
+        return list(_known_mailboxes(header_value))
+    return list(_mailboxes(header_value))
+
+
+def _mailboxes(header_value: str | bytes) -> tuple[str, ...]:
     if len(header_value) > MAX_HEADER_VALUE_BYTES:
         raise FormatError("address list is too long")
     text = header_value.decode("utf-8", "surrogateescape") if isinstance(header_value, bytes) else header_value
     text = _FOLD.sub("", text)
     if _CONTROL.search(text):
         raise FormatError("address list has a control character")
-    return _Reader(text).address_list()
+    return tuple(_Reader(text).address_list())
+
+
+_known_mailboxes = lru_cache(maxsize=_REMEMBERED)(_mailboxes)
 
 
 @dataclass(slots=True)
