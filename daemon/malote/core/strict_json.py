@@ -47,7 +47,7 @@ def loads(data: bytes, *, max_bytes: int, max_depth: int) -> dict[str, Any]:
 
 def dumps(value: Mapping[str, Any]) -> bytes:
     """Compact UTF-8, members in the order given."""
-    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
+    return _ENCODER.encode(value).encode()
 
 
 def _check_depth(text: str, max_depth: int) -> None:
@@ -80,6 +80,7 @@ def _refuse_number(_: str) -> NoReturn:
     raise FormatError("JSON has a number that is not an integer")
 
 
+_ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))    # json.dumps makes one each time
 _DECODER = json.JSONDecoder(
     object_pairs_hook=_members, parse_int=_integer, parse_float=_refuse_number, parse_constant=_refuse_number
 )
