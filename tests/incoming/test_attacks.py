@@ -365,7 +365,8 @@ async def test_a_copy_yields_only_to_the_same(box: Box, monkeypatch: pytest.Monk
 # --- many ---
 
 @pytest.mark.parametrize("deliver", ["replace", "maildir"])
-async def test_a_flood_of_repeats_is_fetched_once(box: Box, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, deliver: str) -> None:
+async def test_a_flood_of_repeats_is_fetched_once(box: Box, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                  deliver: str) -> None:
     """Somebody sends the same bytes again and again: each is fetched and opened once, not again for every other one."""
     raw, other = box.seal(), box.seal(note("other", to=box.user))
     for message in (*[raw] * 40, other, *[raw] * 40):

@@ -280,6 +280,7 @@ async def test_three_thousand_messages_while_others_work(dovecot: Dovecot, user:
         stored = await box.append_many("INBOX", items)
         uids = [one.uid for one in stored if one is not None and not isinstance(one, MailboxError)]
         assert len(uids) == 3000
+        place = {uid: number for number, uid in enumerate(uids)}
         assert await box.search_after(0) == uids
         assert await box.search_after(uids[-1]) == []
 
@@ -292,11 +293,11 @@ async def test_three_thousand_messages_while_others_work(dovecot: Dovecot, user:
                 other.expunge()
 
         meddling = asyncio.create_task(asyncio.to_thread(meddle))
-        for _ in range(3):
+        for _ in range(2):
             peeked = {one.uid: one for one in await box.peek_headers(uids, ["Subject"])}
-            assert all(one.header == b"Subject: %d\r\n\r\n" % uids.index(uid) for uid, one in list(peeked.items())[::50])
+            assert all(one.header == b"Subject: %d\r\n\r\n" % place[uid] for uid, one in list(peeked.items())[::50])
             async for fetched in box.fetch_many(uids):
-                assert fetched.raw == items[uids.index(fetched.uid)][0]
+                assert fetched.raw == items[place[fetched.uid]][0]
         await meddling
         gone = uids[20:2990:297]
         assert await box.search("ALL") == [uid for uid in uids if uid not in gone]

@@ -12,6 +12,7 @@ by pid. Several of each may run side by side.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -143,6 +144,8 @@ class Dovecot:
     def stop(self) -> None:
         if self.process is not None:
             _stop(self.process)
+            with contextlib.suppress(ProcessLookupError):       # those of clients in IDLE outlive it by up to ten seconds
+                os.killpg(self.process.pid, signal.SIGKILL)
             self.process = None
 
     def restart(self) -> None:
@@ -179,6 +182,7 @@ ssl_key = <{self.key}
 ssl_min_protocol = TLSv1.2
 disable_plaintext_auth = no
 auth_mechanisms = plain login
+auth_failure_delay = 0
 mail_location = maildir:~/Maildir
 mail_max_userip_connections = 200
 mailbox_list_index = yes
