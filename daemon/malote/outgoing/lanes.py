@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 from malote.errors import Reply, UpstreamError
@@ -27,6 +27,14 @@ class Lane(Protocol):
     async def begin(self, address: str, params: Params, then: Then | None = None) -> tuple[UpstreamConnection, Reply]:
         """A connection and the server's reply to MAIL, whatever it is. `then` may give a RCPT to be sent with it, see
         `UpstreamConnection.begin`. Raises `UpstreamError`."""
+        ...
+
+    def park(self, connection: UpstreamConnection, give_up: Callable[[], None]) -> None:
+        """While the client takes its time: the connection may be taken for others, and `give_up` is called then."""
+        ...
+
+    def unpark(self, connection: UpstreamConnection) -> None:
+        """The client goes on."""
         ...
 
     async def release(self, connection: UpstreamConnection) -> None:
@@ -55,6 +63,12 @@ class PooledLane:
             await self._upstream.release(connection)
         return self.extensions
 
+    def park(self, connection: UpstreamConnection, give_up: Callable[[], None]) -> None:
+        self._upstream.park(connection, give_up)
+
+    def unpark(self, connection: UpstreamConnection) -> None:
+        self._upstream.unpark(connection)
+
     async def release(self, connection: UpstreamConnection) -> None:
         await self._upstream.release(connection)
 
@@ -75,6 +89,12 @@ class OwnLane:
         if not self.connection.usable:
             raise UpstreamError("the connection of this session to the next mail server is lost", reply=_LOST)
         return self.connection, await self.connection.begin(address, params, then)
+
+    def park(self, connection: UpstreamConnection, give_up: Callable[[], None]) -> None:
+        """Nobody else may use it."""
+
+    def unpark(self, connection: UpstreamConnection) -> None:
+        """It was never parked."""
 
     async def release(self, connection: UpstreamConnection) -> None:
         if connection.usable and connection.in_transaction:

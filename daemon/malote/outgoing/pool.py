@@ -1,4 +1,8 @@
-"""Idle upstream connections, kept for the next message: a bound on how many are open, and a queue for who waits."""
+"""Idle upstream connections, kept for the next message: a bound on how many are open, and a queue for who waits.
+
+A client that names its recipients and then takes its time holds a connection whose transaction is open. Parked, it can be taken
+back when others wait for one: else a few slow clients would stop the mail of all.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +15,8 @@ from malote.outgoing.connection import UpstreamConnection
 
 MAX_IDLE_SECONDS = 60           # below the 5 minutes of RFC 5321 4.5.3.2.7, and below what NAT routers forget
 RESET_SECONDS = 10              # for RSET; a new connection is cheaper than waiting longer
+PARKED_SECONDS = 5              # a transaction that waits for its client keeps its connection so long while others wait
+LOOK_SECONDS = 0.5              # how often who waits looks for one of those
 MAX_TRANSACTIONS = 500          # per connection; servers answer 421 beyond a limit of theirs, this avoids asking for it
 
 _ALL_BUSY = Reply(451, "4.3.2", "All connections to the next mail server are in use, nothing was sent, try again later")
@@ -29,6 +35,7 @@ class Pool:
         self._max_idle_seconds = max_idle_seconds
         self._idle: list[UpstreamConnection] = []       # the last one is used first: the others may grow old and close
         self._leased: set[UpstreamConnection] = set()
+        self._parked: dict[UpstreamConnection, tuple[float, Callable[[], None]]] = {}   # of those; longest first
         self._opening = 0
         self._waiters: deque[asyncio.Future[None]] = deque()
         self._sweeper: asyncio.TimerHandle | None = None
@@ -37,6 +44,7 @@ class Pool:
 
     async def acquire(self, *, fresh: bool = False) -> tuple[UpstreamConnection, bool]:
         """A connection ready for MAIL, and whether it has been used before. Raises `UpstreamError`."""
+        deadline = asyncio.get_running_loop().time() + self._wait_seconds
         while True:
             if self._closed:
                 raise UpstreamError("the connections to the next mail server are being closed")
@@ -47,7 +55,25 @@ class Pool:
             if self._idle:      # fresh wanted: make room
                 self._say_goodbye(self._idle.pop(0))
             else:
-                await self._wait()
+                await self._wait(deadline)
+
+    def park(self, connection: UpstreamConnection, give_up: Callable[[], None]) -> None:
+        """Nothing is under way on this leased connection, and its user waits for its client. `give_up` is called if it is taken
+        back; from then on it is not the user's."""
+        self._parked[connection] = (asyncio.get_running_loop().time(), give_up)
+
+    def unpark(self, connection: UpstreamConnection) -> None:
+        """The user goes on with it."""
+        self._parked.pop(connection, None)
+
+    def _take_parked(self) -> UpstreamConnection | None:
+        for connection, (since, give_up) in self._parked.items():
+            if asyncio.get_running_loop().time() - since < PARKED_SECONDS:
+                return None
+            del self._parked[connection]
+            give_up()
+            return connection
+        return None
 
     @property
     def _in_use(self) -> int:
@@ -75,19 +101,24 @@ class Pool:
         self._leased.add(connection)
         return connection
 
-    async def _wait(self) -> None:
-        waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+    async def _wait(self, deadline: float) -> None:
+        loop = asyncio.get_running_loop()
+        waiter: asyncio.Future[None] = loop.create_future()
         self._waiters.append(waiter)
         try:
-            async with asyncio.timeout(self._wait_seconds):
-                await waiter
-        except BaseException as error:
+            while not waiter.done():
+                left = deadline - loop.time()
+                if left <= 0:
+                    raise UpstreamError("all connections to the next mail server are in use", reply=_ALL_BUSY)  # noqa: TRY301
+                if (parked := self._take_parked()) is not None:
+                    await self.release(parked)      # wakes whoever waits longest
+                else:
+                    await asyncio.wait([waiter], timeout=min(left, LOOK_SECONDS))
+        except BaseException:
             if waiter in self._waiters:
                 self._waiters.remove(waiter)
             else:
                 self._wake()        # it was this one's turn: the next one's now
-            if isinstance(error, TimeoutError):
-                raise UpstreamError("all connections to the next mail server are in use", reply=_ALL_BUSY) from None
             raise
 
     def _wake(self) -> None:
@@ -100,15 +131,26 @@ class Pool:
     async def release(self, connection: UpstreamConnection) -> None:
         """Give it back: kept if it is certain to be clean, closed otherwise."""
         self._leased.discard(connection)
-        if connection.usable and connection.in_transaction and not self._closed:
-            self._opening += 1      # it counts while it is being reset
-            try:
-                async with asyncio.timeout(RESET_SECONDS):
-                    await connection.rset()
-            except (UpstreamError, TimeoutError):
-                connection.abort()
-            finally:
-                self._opening -= 1
+        self._parked.pop(connection, None)
+        try:
+            await self._reset(connection)
+        finally:        # also when cut off: there is room now
+            self._put_back(connection)
+            self._wake()
+
+    async def _reset(self, connection: UpstreamConnection) -> None:
+        if not connection.usable or not connection.in_transaction or self._closed:
+            return
+        self._opening += 1      # it counts while it is being reset
+        try:
+            async with asyncio.timeout(RESET_SECONDS):
+                await connection.rset()
+        except (UpstreamError, TimeoutError):
+            connection.abort()
+        finally:
+            self._opening -= 1
+
+    def _put_back(self, connection: UpstreamConnection) -> None:
         if not connection.usable or connection.in_transaction:
             connection.abort()
         elif self._closed or connection.transactions >= MAX_TRANSACTIONS:
@@ -119,7 +161,6 @@ class Pool:
             self._idle.append(connection)
             if self._sweeper is None:
                 self._sweeper = loop.call_later(self._max_idle_seconds, self._sweep)
-        self._wake()
 
     def _sweep(self) -> None:
         loop = asyncio.get_running_loop()

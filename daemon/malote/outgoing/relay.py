@@ -137,6 +137,13 @@ class Upstream:
             await self._pool.release(connection)
             raise
 
+    def park(self, connection: UpstreamConnection, give_up: Callable[[], None]) -> None:
+        """See `Pool.park`."""
+        self._pool.park(connection, give_up)
+
+    def unpark(self, connection: UpstreamConnection) -> None:
+        self._pool.unpark(connection)
+
     async def release(self, connection: UpstreamConnection) -> None:
         """After each `acquire` and `begin`, in a `finally`. A transaction left open is reset; a lost connection is dropped."""
         await self._pool.release(connection)

@@ -175,6 +175,8 @@ class Sender:
         except MaloteError as error:    # of this recipient alone: the others of the transaction go on
             if isinstance(error, UpstreamError):
                 log.warning("upstream", session=session.id, fault=str(error))
+            else:
+                self._submissions.refused_recipient(session, tx.sender, error)
             return error.reply
 
     async def data(self, session: ClientSession, content: bytearray) -> Reply:
@@ -182,6 +184,7 @@ class Sender:
         tx = state.tx
         if tx is None:
             return _NO_TRANSACTION
+        tx.hold()
         try:
             finished = await self._submissions.send(session, tx, state.submitter, content)
         finally:

@@ -55,6 +55,8 @@ class Transaction:
         self._opening: asyncio.Future[UpstreamConnection | Reply] | None = None
         self._connection: UpstreamConnection | None = None
         self._together: asyncio.Future[Reply] | None = None     # RCPT of the first recipient, sent with MAIL
+        self._under_way = 0                             # RCPT that wait for their reply
+        self._taken = False                             # the upstream transaction was given up for others that waited
         self._ended = False
 
     @property
@@ -66,7 +68,24 @@ class Transaction:
     def connection(self) -> UpstreamConnection | None:
         """With the upstream transaction open, ready for DATA; None if it has to be begun again."""
         connection = self._connection
-        return connection if connection is not None and connection.usable and connection.in_transaction else None
+        if connection is None or self._taken or not connection.usable or not connection.in_transaction:
+            return None
+        return connection
+
+    def hold(self) -> None:
+        """The client is not waited for any more: nobody may take the connection now."""
+        if self._connection is not None:
+            self.lane.unpark(self._connection)
+
+    def _wait_for_client(self) -> None:
+        if self._connection is not None and not self._under_way and not self._ended:
+            self.lane.park(self._connection, self._give_up)
+
+    def _give_up(self) -> None:
+        """The recipients stay accepted; a further one is asked for in a new transaction, and none of them carries the message."""
+        self._taken = True
+        self._connection = None
+        self._opening = None
 
     async def rcpt(self, recipient: Recipient) -> Reply:
         """Put one recipient to the upstream server; its reply. Raises `UpstreamError`. The same mailbox twice is asked once."""
@@ -74,6 +93,15 @@ class Transaction:
         if known is not None:
             return await asyncio.shield(known.reply)
         self._recipients[recipient.address] = recipient
+        self.hold()
+        self._under_way += 1
+        try:
+            return await self._ask(recipient)
+        finally:
+            self._under_way -= 1
+            self._wait_for_client()
+
+    async def _ask(self, recipient: Recipient) -> Reply:
         try:
             opened = await self._open(recipient)
             if isinstance(opened, Reply):
@@ -135,6 +163,7 @@ class Transaction:
 
     async def end(self) -> None:
         """Give the upstream connection back; an open transaction is reset. May be called again."""
+        self.hold()
         self._ended = True
         connection, self._connection = self._connection, None
         if connection is not None:
