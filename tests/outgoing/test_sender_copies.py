@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import base64
 import re
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from malote.config import RuleConfig
+from malote.core.identity import new_identity
+from malote.core.keys import SignatureAlgorithm
 from malote.core.open import Opened
 from malote.errors import Unreadable
+from malote.outgoing import copies, delivery
 from malote.outgoing.desk import ClientSession
-from outgoing.harness import Gateway, Received, Upstream, opened, person, text, upstream_config
+from outgoing.harness import NOW_MS, Gateway, Received, Upstream, opened, person, text, upstream_config
 
 ALICE, BOB, CAROL, DAVE, EVE = (person(f"{name}@test.example") for name in ("alice", "bob", "carol", "dave", "eve"))
 EVERYBODY = (BOB, CAROL, DAVE, EVE)
@@ -262,3 +266,23 @@ async def test_a_large_message_is_sealed_off_the_loop_and_its_submitted_bytes_ar
     assert len(upstream.messages) == 2
     for message in upstream.messages:
         assert opened(message.content, readers[message.recipients[0]], ALICE).original == wanted
+
+
+@pytest.mark.parametrize(("size", "algorithm", "inline"), [
+    (100, SignatureAlgorithm.ED25519, True), (200_000, SignatureAlgorithm.ED25519, False),
+    (100, SignatureAlgorithm.HYBRID, False),
+])
+async def test_large_work_leaves_the_loop_free(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int, algorithm: SignatureAlgorithm, inline: bool) -> None:
+    """Sealing a large message, and an ML-DSA signature, happen in a thread: other clients are served meanwhile."""
+    threads: list[str] = []
+    real = copies.make_copy
+
+    def noted(*arguments: Any) -> Any:
+        threads.append(threading.current_thread().name)
+        return real(*arguments)
+    monkeypatch.setattr(delivery, "make_copy", noted)
+    alice = new_identity(ALICE.address, algorithm, NOW_MS - 86_400_000)
+    async with Upstream() as upstream, gateway(tmp_path, upstream, identities={ALICE.address: alice}) as gw:
+        assert (await gw.submit(ALICE.address, [BOB.address], text(body=("x" * 70 + "\r\n") * (size // 70)))).code == 250
+    assert [name.startswith("malote-seal") for name in threads] == [not inline]

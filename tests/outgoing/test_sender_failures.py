@@ -16,11 +16,19 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from malote.config import LimitsConfig, RuleConfig
+from malote.core import blob as core_blob
+from malote.core import seal as core_seal
+from malote.core.card import Card
+from malote.core.keys import SigningKey
 from malote.errors import StoreUnavailable
-from malote.outgoing import copies, delivery, submission
+from malote.outgoing import copies, delivery, sender, submission
 from malote.outgoing.connection import UpstreamConnection
+from malote.outgoing.delivery import Delivery
 from malote.outgoing.directory import CardFinder
+from malote.outgoing.inflight import InFlight
+from malote.outgoing.pool import Pool
 from malote.outgoing.relay import Upstream as Relay
+from malote.outgoing.transaction import Transaction
 from malote.store import Store
 from outgoing.harness import Answer, Gateway, Upstream, opened, person, text, upstream_config, verdict
 
@@ -192,6 +200,10 @@ PLACES: list[tuple[Any, str]] = [
     (copies, "seal"), (copies, "outer_headers"), (delivery, "make_copy"), (delivery, "mail_params"),
     (delivery, "same_transaction"), (Relay, "begin"), (Relay, "release"), (UpstreamConnection, "mail"),
     (UpstreamConnection, "rcpt"), (UpstreamConnection, "data"), (UpstreamConnection, "rset"),
+    (Pool, "acquire"), (Pool, "unpark"), (Pool, "release"), (Delivery, "run"), (Delivery, "_settle"),
+    (InFlight, "take"), (Transaction, "rcpt"), (Transaction, "end"), (Transaction, "hold"), (sender, "canonical_address"),
+    (delivery, "outcome_of"), (core_seal, "serialize_manifest"), (core_seal, "read_inner"), (core_blob, "wrap_session_key"),
+    (SigningKey, "sign"), (Card, "encryption_key"),
 ]
 
 

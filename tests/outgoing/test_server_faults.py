@@ -15,7 +15,10 @@ from aiosmtpd.smtp import SMTP
 
 from lab.servers import Lab
 from lab.wire import HOST, Client, RecordingDesk, connected, serving, until
+from malote.config import LimitsConfig, ListenerConfig
 from malote.errors import MaloteError, Reply, StoreUnavailable
+from malote.outgoing import conversation
+from malote.outgoing.listener import server_settings
 from malote.outgoing.server import SubmissionServer
 
 
@@ -395,6 +398,34 @@ class TestFault8StartTls:
             await client.ask("MAIL FROM:<a@a.example>")
             await start_tls(client, lab)
             assert (await client.ask("MAIL FROM:<a@a.example>")).startswith("503")
+
+    @pytest.mark.parametrize("loopback", [True, False], ids=["loopback", "network"])
+    async def test_from_the_network_nothing_is_taken_in_clear(
+            self, lab: Lab, monkeypatch: pytest.MonkeyPatch, loopback: bool) -> None:
+        """No login, no address and no text: each command but the way to TLS is refused, and AUTH is not even offered. From this
+        machine itself it is not needed."""
+        config = ListenerConfig(host="192.0.2.1", port=25, tls="starttls", certificate=lab.certificate, certificate_key=lab.key)
+        settings = server_settings(config, LimitsConfig(), "mx.test.example")
+        assert settings.require_tls
+        monkeypatch.setattr(conversation, "_is_loopback", lambda host: loopback)
+        desk = RecordingDesk()
+        async with serving(desk, tls_context=settings.tls_context, require_tls=settings.require_tls) as server, \
+                connected(server) as client:
+            said = await client.ask("EHLO x")
+            assert "STARTTLS" in said
+            assert ("AUTH" in said) is loopback
+            if loopback:
+                await client.to_354()
+                assert (await client.ask(b"x\r\n.")).startswith("250")
+                return
+            for command in ("AUTH PLAIN AGEAYg==", "MAIL FROM:<a@a.example>", "RCPT TO:<b@b.example>", "DATA", "VRFY b"):
+                assert (await client.ask(command)).startswith("530 5.7.0"), command
+            assert desk.events == []
+            await start_tls(client, lab)
+            assert "AUTH" in await client.ask("EHLO x")
+            assert (await client.ask("AUTH PLAIN AGEAYg==")).startswith("235")
+            await client.to_354()
+            assert (await client.ask(b"x\r\n.")).startswith("250")
 
     async def test_commands_injected_behind_starttls_are_dropped(self, lab: Lab) -> None:
         """They were sent in clear by whoever sits on the path (CVE-2011-0411 and CVE-2024-34083)."""

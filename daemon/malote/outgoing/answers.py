@@ -73,7 +73,7 @@ def _come_again(outcomes: Mapping[str, Outcome], accepted: Sequence[str], waitin
             return common
         return Reply(451, "4.3.0", "Not sent yet, try again later")
     return Reply(451, "4.3.0", f"Accepted for {len(accepted)} of {len(outcomes)} recipients, try again later for the others\n"
-                               "Nobody gets it twice if the same message is sent again")
+                               "Those who have it do not get it again with the same message")
 
 
 def _refused(outcomes: Mapping[str, Outcome], refused: Sequence[str], first: str) -> Reply:

@@ -28,6 +28,8 @@ log = structlog.get_logger("malote.outgoing")
 INLINE_BYTES = 64 * 1024
 
 NOT_CONFIRMED = Reply(451, "4.4.2", "The next mail server did not confirm the message, try again later; nobody gets it twice")
+# said of what leaves unsealed: a second copy of it nobody can tell from the first (RFC 1047)
+NOT_CONFIRMED_PLAIN = Reply(451, "4.4.2", "The next mail server did not confirm the message, try again later")
 TOO_LATE = Reply(451, "4.4.7", "Not sent in time, try again later")
 LOCAL = MaloteError.default_reply
 
@@ -181,7 +183,7 @@ class Delivery:
                 self._settle(addresses, Outcome(State.DEFERRED, LOCAL))
         finally:    # also on cancellation
             if dotted:
-                self._settle(addresses, Outcome(State.IN_DOUBT, NOT_CONFIRMED))
+                self._settle(addresses, Outcome(State.IN_DOUBT, NOT_CONFIRMED if copy.sealed else NOT_CONFIRMED_PLAIN))
         if copy.outer_id and any(self.outcomes[address].state is State.ACCEPTED for address in addresses):
             self.outer_ids.append(copy.outer_id)
 
