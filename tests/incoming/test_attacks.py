@@ -17,8 +17,10 @@ from malote.core import seal as seal_module
 from malote.core.card import make_card
 from malote.core.manifest import Manifest, serialize_manifest
 from malote.incoming import scan
-from malote.incoming.arbiter import CONTEST_MS
-from malote.incoming.mailbox import Mailbox
+from malote.incoming.arbiter import CONTEST_MS, Copy
+from malote.incoming.delivery import ImapDelivery
+from malote.incoming.mailbox import Folder, Mailbox
+from malote.incoming.session import Session
 from malote.incoming.watcher import Watcher, now_ms
 from malote.store import Store
 
@@ -360,6 +362,43 @@ async def test_a_copy_yields_only_to_the_same(box: Box, monkeypatch: pytest.Monk
     trio.watchers.pop(0)
     await trio.settle()
     assert any(b"Guten Tag" in found for found in box.client.fetch())
+
+
+async def test_a_losers_copy_that_a_person_files_while_it_looks(box: Box, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loser has looked into the other folder already when its own copy goes there, and so does not find it: not for good."""
+    trio = Trio(box)
+    await trio.start((NAMES[0], NAMES[2]))
+    loser, winner = trio.watchers
+    box.client.imap.create("Filed")
+    box.client.put(box.seal(note("two", to=box.user)))
+    won = asyncio.Event()
+    together(monkeypatch, "append_many", 2)
+    at_move = held(monkeypatch, "move", loser, won)
+    losing, winning = asyncio.create_task(loser.run_once()), asyncio.create_task(winner.run_once())
+    await at_move.wait()
+    await winning
+
+    def file(name: str) -> None:
+        [uid] = box.client.uids("INBOX", f'HEADER Malote-Mark "-{name}"')
+        assert box.client.move(uid, "Filed")
+
+    file(NAMES[2])
+    copies_in, looks = ImapDelivery._copies_in, []
+
+    async def filed_meanwhile(self: ImapDelivery, session: Session, folder: Folder, message: str) -> list[Copy]:
+        looks.append(folder.name)
+        if looks.count("INBOX") == 2 and looks[-1] == "INBOX":
+            assert "Filed" in looks
+            file(NAMES[0])
+        return await copies_in(self, session, folder, message)
+
+    monkeypatch.setattr(ImapDelivery, "_copies_in", filed_meanwhile)
+    won.set()
+    await losing
+    monkeypatch.undo()
+    assert len(box.client.uids("Filed")) == 2, "for the moment"
+    assert await trio.settle() == []
+    assert [message["Subject"] for message in box.client.messages("Filed")] == ["two"]
 
 
 # --- many ---

@@ -211,12 +211,16 @@ class Person:
                     self.deleted.add(data[0][1].decode())
 
 
-@pytest.mark.parametrize("seed", [1, *(pytest.param(seed, marks=pytest.mark.long) for seed in range(2, 9))])
-async def test_two_watchers_and_a_person(box: Box, seed: int) -> None:
+RUNS = [(1, 2), *(pytest.param(seed, devices, marks=pytest.mark.long) for seed in range(2, 9) for devices in (2, 3))]
+
+
+@pytest.mark.parametrize(("seed", "devices"), RUNS)
+async def test_watchers_and_a_person(box: Box, seed: int, devices: int) -> None:
     """Whatever a person does meanwhile, no message has two opened copies, and none is lost that the person did not delete."""
     began = now_ms()
     clock = lambda: began + (now_ms() - began) * 10     # noqa: E731 -- contests are settled in three seconds
-    watchers = [await box.watcher(await box.open_store(name), clock=clock, late_days=30, idle_seconds=0.5) for name in ("a", "b")]
+    watchers = [await box.watcher(await box.open_store(name), clock=clock, late_days=30, idle_seconds=0.5)
+                for name in "abc"[:devices]]
     running = [asyncio.create_task(watcher.run()) for watcher in watchers]
     person = Person(box, seed)
     raws: dict[str, bytes] = {}

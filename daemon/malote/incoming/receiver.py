@@ -290,7 +290,8 @@ class Receiver:
             if is_sealed and len({copy.mark.device for copy in copies}) < 2:    # a person may have filed one of the two
                 copies = await self._delivery.copies_anywhere(session, parcel.mark.message)
             late = self._clock() - asked_ms > CONTEST_MS // 2
-            if decide_after_lost_move(parcel.mark, copies, original_is_sealed=is_sealed, late=late):
+            found = any(copy.mark.device == self._device for copy in copies)    # else somebody is just moving it
+            if not found or decide_after_lost_move(parcel.mark, copies, original_is_sealed=is_sealed, late=late):
                 self._contests.open(parcel.mark.message, self._clock())
             else:
                 await self._withdraw(session, copies)
