@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import shutil
 import smtplib
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import structlog
 
-from lab.incoming import QUARANTINE, SEALED, Box, note, verdicts
-from lab.servers import HOST
+from lab.incoming import QUARANTINE, SEALED, Box, Sender, note, verdicts
+from lab.servers import HOST, Dovecot
 from malote.core import seal as seal_module
 from malote.core.card import make_card
 from malote.core.manifest import Manifest, serialize_manifest
 from malote.incoming import scan
 from malote.incoming.arbiter import CONTEST_MS, Copy
 from malote.incoming.delivery import ImapDelivery
+from malote.incoming.imap_protocol import MailProtocol
 from malote.incoming.mailbox import Folder, Mailbox
 from malote.incoming.session import Session
 from malote.incoming.watcher import Watcher, now_ms
@@ -442,3 +446,109 @@ async def test_repeats_of_what_could_not_be_delivered(box: Box, tmp_path: Path) 
     assert len(box.client.uids(SEALED)) == 1
     assert len(box.client.uids(QUARANTINE)) == 3
     assert await store.attempts("box", "INBOX") == []
+
+
+async def test_several_accounts_at_once(dovecot: Dovecot, unused_users: Iterator[str], tmp_path: Path) -> None:
+    """Accounts of one program, on one store: each has its own folders and keys, and none waits for another."""
+    boxes = [Box(dovecot, tmp_path / str(number), next(unused_users)) for number in range(4)]
+    store = await Store.open(tmp_path / "store")
+    for number, box in enumerate(boxes):
+        box.sender = Sender(f"anna{number}@sender.example")
+        await box.trust(store, box.sender.identity)
+        for subject in ("one", "two"):
+            box.client.put(box.seal(note(subject, to=box.user, sender=box.sender.address)))
+    watchers = [await box.watcher(store, name=f"account {number}") for number, box in enumerate(boxes)]
+    await asyncio.gather(*(watcher.run_once() for watcher in watchers))
+    for box in boxes:
+        assert sorted(str(message["Subject"]) for message in box.client.messages()) == ["one", "two"]
+        assert verdicts(box.client.messages()) == ["FRESH"] * 2
+        await box.close()
+    await store.close()
+
+
+async def test_the_same_mail_in_two_accounts_with_one_key(box: Box, dovecot: Dovecot, unused_users: Iterator[str],
+                                                          tmp_path: Path) -> None:
+    """As docs/threat-model.md says: once in each, a repeat from then on in each."""
+    other, store, raw = Box(dovecot, tmp_path / "other", next(unused_users)), await box.open_store(), box.seal()
+    watchers = [await box.watcher(store), await other.watcher(store, name="other")]
+    watchers[1]._keys = watchers[0]._keys
+    for _ in range(2):
+        for each, watcher in zip((box, other), watchers, strict=True):
+            each.client.put(raw)
+            await watcher.run_once()
+    for each in (box, other):
+        assert verdicts(each.client.messages()) == ["FRESH"]
+        assert len(each.client.uids(QUARANTINE)) == 1
+    await other.close()
+
+
+@pytest.mark.parametrize("missing", [{"MOVE"}, {"UIDPLUS"}, {"MOVE", "UIDPLUS"}])
+async def test_two_devices_where_move_is_missing(box: Box, monkeypatch: pytest.MonkeyPatch, missing: set[str]) -> None:
+    """Not supported, and said so in the log; still each message is there, opened, when contests are over."""
+    connect = Mailbox.connect
+
+    async def connected(*arguments: Any, **options: Any) -> Mailbox:
+        mailbox = await connect(*arguments, **options)
+        mailbox._protocol.capabilities -= missing
+        return mailbox
+
+    monkeypatch.setattr(Mailbox, "connect", connected)
+    trio = Trio(box)
+    await trio.start((NAMES[0], NAMES[2]))
+    for number in range(5):
+        box.client.put(box.seal(note(f"number {number}", to=box.user)))
+    with structlog.testing.capture_logs() as logs:
+        await trio.settle()
+    assert {f"number {number}" for number in range(5)} <= {str(message["Subject"]) for message in box.client.messages()
+                                                           if message["Malote-Verdict"]}
+    assert any("only one watcher" in line["event"] for line in logs)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(600)
+async def test_fifty_thousand_messages(box: Box, dovecot: Dovecot, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A first look at a large mailbox: what is fetched is a small part of it, and there is a progress line."""
+    box.client.put(note("first"))
+    maildir, raw = dovecot.maildir(box.user), note("plain", body="x" * 2000 + "\r\n")
+    for number in range(50_000):
+        path = maildir / "cur" / f"{1_700_000_000 + number}.M{number}P1.lab,S={len(raw)}:2,S"
+        path.write_bytes(raw)
+        shutil.chown(path, "mail", "mail")
+    for _ in range(150):
+        box.client.put(box.seal())
+    received, taken = [0], MailProtocol.data_received
+
+    def counting(self: MailProtocol, data: bytes) -> None:
+        received[0] += len(data)
+        taken(self, data)
+
+    monkeypatch.setattr(MailProtocol, "data_received", counting)
+    store = await box.open_store()
+    with structlog.testing.capture_logs() as logs:
+        await (await box.watcher(store)).run_once()
+    assert len(box.client.uids("INBOX", "HEADER Malote-Verdict FRESH")) == 150
+    assert [line["done"] for line in logs if line["event"] == "catching up"][-1] == 150
+    assert received[0] < 10_000_000, "of more than 110 MB"
+    received[0] = 0
+    await (await box.watcher(store)).run_once()
+    assert received[0] < 1_000_000, "the second look"
+
+
+async def test_hostile_mail_leaves_nothing_in_the_log(box: Box) -> None:
+    """At every level: no address, subject, text or header value of what came, whatever was wrong with it."""
+    secret = b"s3cr3t"
+    store = await box.open_store()
+    frame = b"From: s3cr3t@s3cr3t.example\r\nTo: s3cr3t\r\nSubject: s3cr3t\r\nMessage-ID: <s3cr3t@s3cr3t>\r\n"
+    good = box.seal(note("s3cr3t", body="s3cr3t\r\n", to=box.user))
+    head, body = good.split(b"\r\n\r\n", 1)
+    middle = len(body) // 2
+    for raw in (good, good, frame + b"Malote-Verdict: FRESH; s3cr3t\r\n\r\ns3cr3t", head + b"\r\n\r\n" + body[:middle],
+                frame + head[head.lower().index(b"content-type"):] + b"\r\n\r\n" + body[:middle] + b"s3cr3t" + body[middle:]):
+        box.client.put(raw)
+    with structlog.testing.capture_logs() as logs:
+        await look(box, store)
+        await look(box, store, folders=("INBOX", "Nowhere"))
+    assert {line["verdict"] for line in logs if line["event"] == "message"} == {"FRESH", "DUPLICATE", "FORGED", "UNREADABLE"}
+    assert secret.decode() not in repr(logs)
+    assert box.sender.address not in repr(logs)
+    assert box.user not in repr(logs)
