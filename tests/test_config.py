@@ -78,6 +78,18 @@ def test_every_fault_is_reported_at_once_with_file_and_key() -> None:
                 "colour: unknown key"):
         assert f"my.toml: {key}" in text
     assert caught.value.exit_code is ExitCode.CONFIG
+    assert "unknown key; did you mean port?" in text
+
+
+@pytest.mark.parametrize(("table", "cure"), [
+    ({"outgoing": {"listners": []}}, "outgoing.listners: unknown key; did you mean listeners?"),
+    ({"outgoing": {"listeners": [{"prt": 1}]}}, "outgoing.listeners.1.prt: unknown key; did you mean port?"),
+    ({"xyz": 1}, "xyz: unknown key; there are: accounts, "),
+])
+def test_an_unknown_key_names_those_there_are(table: dict[str, object], cure: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_config(table, source="my.toml")
+    assert f"my.toml: {cure}" in str(caught.value)
 
 
 @pytest.mark.parametrize(("table", "reason"), [

@@ -10,9 +10,10 @@ import ipaddress
 import json
 import tomllib
 from collections.abc import Iterator
+from difflib import get_close_matches
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
@@ -177,7 +178,8 @@ def load_config(path: Path) -> Config:
         text = path.read_bytes().decode()
         table = tomllib.loads(text)
     except FileNotFoundError as error:
-        raise ConfigError(f"{path}: there is no such file", hint="copy config/malote.example.toml there and edit it") from error
+        raise ConfigError(f"{path}: there is no such file",
+                          hint="malote init ADDRESS writes one; config/malote.example.toml lists every key") from error
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
     except UnicodeDecodeError as error:
@@ -201,12 +203,25 @@ def _faults(error: ValidationError, source: str) -> Iterator[str]:
         key = ".".join(str(part + 1) if isinstance(part, int) else part for part in fault["loc"]) or "(file)"
         match fault["type"]:
             case "extra_forbidden":
-                text = "unknown key; see config/malote.example.toml for those there are"
+                text = f"unknown key; {_known_keys(fault['loc'])}"
             case "missing":
                 text = "must be set, there is no default"
             case _:
                 text = fault["msg"][0].lower() + fault["msg"][1:]
         yield f"{source}: {key}: {text}"
+
+
+def _known_keys(loc: tuple[int | str, ...]) -> str:
+    """The cure for an unknown key: the one that was probably meant, or all that its table has."""
+    section: Any = Config
+    for part in loc[:-1]:
+        if isinstance(part, str):
+            section = section.model_fields[part].annotation
+        while not hasattr(section, "model_fields"):     # tuple[X, ...], X | None
+            section = get_args(section)[0]
+    known = sorted(section.model_fields)
+    close = get_close_matches(str(loc[-1]), known, 1)
+    return f"did you mean {close[0]}?" if close else f"there are: {', '.join(known)}"
 
 
 def is_loopback(host: str) -> bool:

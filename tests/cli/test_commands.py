@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 import tomllib
@@ -212,8 +213,13 @@ def test_inspect_of_what_is_damaged_or_plain(people: tuple[Home, Home]) -> None:
     sealed = anna.malote("seal", stdin=message()).stdout
     assert anna.malote("inspect", stdin=sealed[: len(sealed) * 2 // 3]).returncode in {0, ExitCode.UNREADABLE}
     done = anna.malote("inspect", stdin=b"Subject: x\r\n\r\nplain\r\n")
-    assert done.returncode == ExitCode.UNREADABLE
-    assert b"Traceback" not in done.stderr
+    assert (done.returncode, done.stdout) == (ExitCode.UNREADABLE, b"")
+    assert done.stderr == b"malote: there is nothing sealed in this message\n"
+
+
+def test_inspect_shows_folded_fields_as_one_text(people: tuple[Home, Home]) -> None:
+    sealed = b"Received: from a.example\r\n\tby b.example\r\n" + people[0].malote("seal", stdin=message()).stdout
+    assert b"from a.example by b.example" in people[0].malote("inspect", stdin=sealed).stdout
 
 
 def test_inspect_keeps_control_characters_from_the_terminal(people: tuple[Home, Home]) -> None:
@@ -234,7 +240,9 @@ def test_log_of_nothing_and_without_a_store(people: tuple[Home, Home], home: Hom
     assert (done.returncode, done.stdout) == (0, b"")
     assert b"nothing has happened yet" in done.stderr
     home.configure("")
-    assert home.malote("log").returncode == ExitCode.STORE
+    done = home.malote("log")
+    assert done.returncode == ExitCode.STORE
+    assert b"malote keys new" in done.stderr
 
 
 # --- init
@@ -258,6 +266,17 @@ def test_init_from_answers_on_standard_input(home: Home) -> None:
     assert password.stat().st_mode & 0o777 == 0o600
     assert home.config.stat().st_mode & 0o777 == 0o600
     assert b"the pass" not in done.stdout + home.config.read_bytes()
+    shown = done.stderr.decode()
+    assert "malote keys new anna.b@example.org" in shown
+    assert "localhost, port 2525" in shown, "nobody knows by themselves what to set in the mail program"
+
+
+def test_init_says_who_can_read_on_an_ordinary_terminal(home: Home) -> None:
+    """The one choice without a default: its text must not be broken in the middle of words."""
+    shown = home.malote("init", "anna@example.org", stdin=ANSWERS).stderr.decode()
+    choices = shown[shown.index("Where should opened mail go?"):shown.index("deliver (")].splitlines()
+    assert " ".join(" ".join(choices).split()).count("you and your mail provider can read it") == 2
+    assert max(map(len, choices)) <= 80
 
 
 def test_init_overwrites_nothing(home: Home) -> None:
@@ -298,6 +317,29 @@ def bare() -> dict[str, str]:
 def test_help_needs_no_configuration(command: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--config", "/nonexistent/malote.toml", *command, "--help"]) == 0
     assert capsys.readouterr().out.startswith(" ".join(("Usage: malote", *command)))
+
+
+@pytest.mark.parametrize("command", [(), ("keys",)])
+def test_a_group_alone_shows_its_help(command: tuple[str, ...]) -> None:
+    """Every command with a whole sentence, and no error message around it; the code is that of wrong usage, for scripts."""
+    done = subprocess.run((*MALOTE, *command), capture_output=True, check=False)
+    shown = done.stderr.decode()
+    assert (done.returncode, done.stdout) == (ExitCode.CONFIG, b"")
+    assert shown.startswith(" ".join(("Usage: malote", *command)))
+    assert "hint" not in shown
+    if not command:
+        assert [line.split()[0] for line in shown[shown.index("Commands:"):].splitlines()[1:]] == list(COMMANDS)
+        assert "..." not in shown[shown.index("Commands:"):]
+
+
+def test_run_where_something_listens_already(home: Home) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        home.configure(f'[[outgoing.listeners]]\nport = {port}\n[outgoing.upstream]\nhost = "localhost"\n')
+        done = home.malote("run")
+    assert done.returncode == ExitCode.CONFIG
+    assert f"cannot listen on 127.0.0.1 port {port} (Address already in use)".encode() in done.stderr
+    assert b"is malote running already?" in done.stderr
 
 
 def test_version_and_unknown_commands() -> None:

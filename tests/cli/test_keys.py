@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 from cryptography.exceptions import UnsupportedAlgorithm
 
-from malote.cli.main import main
+from malote.cli.main import cli, main
 from malote.core.card import armor, make_card, parse_armored
 from malote.core.identity import Identity, new_identity, rotate
 from malote.core.keyring import KeyringKey, open_backup, unlock_identity
@@ -141,6 +142,31 @@ def test_new_list_show_export(anna: Person) -> None:
     assert (exported.out, parse_armored(output.read_bytes())) == ("", [card])
 
 
+def test_export_without_an_address_means_the_only_identity(anna: Person) -> None:
+    """With none, or with several, it says what to do instead of choosing."""
+    done = anna.keys("export")
+    assert (done.code, done.out, "malote keys new" in done.err) == (5, "", True)
+    anna.ok("new", ANNA)
+    [card] = parse_armored(anna.ok("export").out)
+    assert card.address == ANNA
+    anna.ok("new", BERT)
+    done = anna.keys("export")
+    assert (done.code, done.out) == (2, "")
+    assert ANNA in done.err
+    assert BERT in done.err
+
+
+def test_the_code_is_dark_on_light_on_any_terminal(anna: Person) -> None:
+    """Its blocks are the light modules: where the terminal writes dark on light, many cameras could not read it."""
+    anna.ok("new", ANNA)
+    arguments = ["--config", str(anna.config), "keys", "show"]
+    coloured = CliRunner().invoke(cli, arguments, color=True).output
+    rows = [line for line in coloured.splitlines() if "\N{FULL BLOCK}" in line]
+    assert len(rows) >= 17
+    assert all(line.startswith("\x1b[97m\x1b[40m") and line.endswith("\x1b[0m") for line in rows)
+    assert "\x1b" not in anna.ok("show").out
+
+
 def test_private_keys_are_locked_in_the_store(anna: Person) -> None:
     """What lies on the disk opens with the passphrase, and shows nothing without it."""
     anna.ok("new", ANNA, "--algorithm", "ed25519")
@@ -223,6 +249,7 @@ def test_remove(anna: Person, tmp_path: Path) -> None:
 
 def test_things_that_are_not_there(anna: Person) -> None:
     assert (anna.keys("list").code, anna.keys("list", "--json").out.strip()) == (0, "[]")
+    assert "malote keys new" in anna.keys("list").err
     for arguments in (("show",), ("show", ANNA), ("export", ANNA), ("backup", anna.root / "b")):
         done = anna.keys(*arguments)
         assert (done.code, done.out) == (5, ""), arguments

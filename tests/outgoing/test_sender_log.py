@@ -56,6 +56,24 @@ async def test_one_line_for_each_message(tmp_path: Path, capsys: pytest.CaptureF
     assert len({line["id"] for line in lines[:3]}) == 3
 
 
+async def test_what_we_refuse_is_logged_with_why(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Also at RCPT, after which no message comes; and never for whom it was."""
+    configure_logs(LogConfig(format="json"))
+    async with Upstream() as upstream, Gateway(tmp_path, upstream_config(upstream.port), cards=[BOB],
+                                               config={"rules": REQUIRE}) as gw:
+        await gw.submit(ALICE.address, ["x@else.example"], text(to="x@else.example"))
+        await gw.submit("eve@test.example", [BOB.address], text(sender="eve@test.example"))
+        await gw.store.flush()
+        outcomes = await gw.store.recent_outcomes()
+    assert [(each.outcome, each.detail) for each in reversed(outcomes)] == [
+        ("refused", "550 no card"), ("refused", "550 no identity that may sign")]
+    raw = capsys.readouterr().err
+    lines = [json.loads(line) for line in raw.splitlines()]
+    assert [line["reason"] for line in lines if line.get("reason")] == ["no card", "no identity that may sign"]
+    assert "else.example" not in raw
+    assert upstream.messages == []
+
+
 async def test_a_fault_is_logged_by_its_class_and_place_without_its_text(
         tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: object, **__: object) -> None:

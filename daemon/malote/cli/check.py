@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import json
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -23,7 +24,7 @@ Say = Callable[[Finding], None]
 COLOURS = {State.OK: "green", State.WARNING: "yellow", State.FAULT: "red"}
 
 
-@click.command()
+@click.command(short_help="Try everything that the daemon needs; say how to mend it.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a line, for scripts.")
 @click.pass_obj
 def check(settings: Settings, as_json: bool) -> int:
@@ -68,7 +69,7 @@ async def _check_all(config: Config, store_path: Path, say: Say) -> bool:
     try:
         for title, findings in _probes(config, store, error, store_path, newest):
             try:
-                async for finding in findings:
+                async for finding in _said_while_waiting(title, findings):
                     say(finding)
                     bad |= finding.state is State.FAULT
             except MaloteError as problem:      # of this thing; the others are tried all the same
@@ -78,6 +79,22 @@ async def _check_all(config: Config, store_path: Path, say: Say) -> bool:
         if store is not None:
             await store.close()
     return bad
+
+
+async def _said_while_waiting(title: str, findings: Findings) -> Findings:
+    """Servers that do not answer take half a minute each; who sits at a terminal is told what is being waited for."""
+    waiting = sys.stderr.isatty() and title.startswith(("sending", "account "))
+    while True:
+        if waiting:
+            click.echo(f"  ...    {title}", err=True, nl=False)
+        try:
+            finding = await anext(findings, None)
+        finally:
+            if waiting:
+                click.echo("\r\x1b[K", err=True, nl=False)
+        if finding is None:
+            return
+        yield finding
 
 
 async def _open(path: Path) -> tuple[Store | None, MaloteError | None]:

@@ -17,9 +17,11 @@ _SERVER = re.compile(r"(?P<host>\[[0-9A-Fa-f:.]+\]|[^\s:\[\]\"\\]+)(?::(?P<port>
 _TLS_PORTS = (465, 993)         # RFC 8314: TLS from the first byte
 
 DELIVER = """Where should opened mail go?
-  replace   the same mailbox, in place of the sealed one     you and your mail provider can read it
-  folder    the folder Malote/Opened of that mailbox         you and your mail provider can read it
-  maildir   a maildir on this machine                        only you can read it"""
+  replace   the same mailbox, in place of the sealed mail: you and your mail
+            provider can read it
+  folder    the folder Malote/Opened of that mailbox: you and your mail
+            provider can read it
+  maildir   a Maildir on this machine: you alone can read it"""
 
 TEMPLATE = """# Written by `malote init`. Every key there is, with its default: config/malote.example.toml in the source.
 # After a change: malote check
@@ -46,7 +48,7 @@ deliver = {deliver}
 """
 
 
-@click.command()
+@click.command(short_help="Write the configuration for ADDRESS; asks for what it needs.")
 @click.argument("address")
 @click.option("--smtp", metavar="HOST[:PORT]", help="Your mail server for sending (port 587 unless given).")
 @click.option("--imap", metavar="HOST[:PORT]", help="Your mail server for reading (port 993 unless given); \"\" for none.")
@@ -98,7 +100,9 @@ def init(context: click.Context, address: str, smtp: str | None, imap: str | Non
     _write_private(target, text)
     load_config(target)     # what was written can be read
     click.echo(f"malote: wrote {target}", err=True)
-    click.echo(f"malote: next: malote keys new {address}, then malote check", err=True)
+    click.echo(f"malote: next: malote keys new {address}, then malote check\n"
+               "malote: then: malote run; and in your mail program, server for sending:\n"
+               "malote:       localhost, port 2525, no TLS, the login as it was", err=True)
 
 
 def _account_name(address: str) -> str:

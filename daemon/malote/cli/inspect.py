@@ -14,25 +14,27 @@ from malote.core.blob import parse_key_blob
 from malote.core.parts import FoundParts, find_parts
 from malote.core.payload import HEADER_BYTES, parse_header
 from malote.core.primitives import CHUNK_BYTES, TAG_BYTES, sha256
-from malote.errors import Unreadable
+from malote.errors import ExitCode, Unreadable
 
 
-@click.command()
+@click.command(short_help="Show the structure of a sealed message, without keys.")
 @click.argument("file", type=click.File("rb"), default="-")
 @click.option("--json", "as_json", is_flag=True, help="For scripts.")
-def inspect(file: BinaryIO, as_json: bool) -> None:
+def inspect(file: BinaryIO, as_json: bool) -> int:
     """Show the structure of the sealed message in FILE ("-" or nothing: standard input), without keys.
 
     Nothing shown here is proven: it is what anybody sees who holds the message.
     """
     found = find_parts(file.read())
     if found is None:
-        raise Unreadable("no sealed part")
+        click.echo("malote: there is nothing sealed in this message", err=True)
+        return int(ExitCode.UNREADABLE)
     description = describe(found)
     if as_json:
         click.echo(json.dumps(description, indent=2))
     else:
         _print(description)
+    return int(ExitCode.OK)
 
 
 def describe(found: FoundParts) -> dict[str, Any]:
@@ -76,7 +78,8 @@ def _print(description: dict[str, Any]) -> None:
         outer.add_row(_safe(entry["name"]), _safe(entry["value"]))
     console.print(outer)
     for number, payload in enumerate(description["sealed_parts"], 1):
-        what = payload.get("fault") or f"MLT1 suite {payload['suite']}, {payload['chunks']} chunks, envelope {payload['eid']}"
+        chunks = f"{payload['chunks']} chunk{'' if payload['chunks'] == 1 else 's'}" if "chunks" in payload else ""
+        what = payload.get("fault") or f"MLT1 suite {payload['suite']}, {chunks}, envelope {payload['eid']}"
         console.print(f"\nsealed part {number}: {payload['bytes']} bytes, {what}")
     blobs = description["key_blobs"]
     console.print(f"\nkey blobs: {len(blobs)}")
@@ -92,4 +95,5 @@ def _print(description: dict[str, Any]) -> None:
 
 def _safe(text: str) -> Text:
     """Header values come from strangers: control characters must not reach the terminal."""
+    text = text.replace("\t", " ")      # of folded lines
     return Text("".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in text))

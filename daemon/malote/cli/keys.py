@@ -34,6 +34,8 @@ from malote.core.keys import SignatureAlgorithm
 from malote.errors import KeyMissing, KeyRefused
 from malote.store import Store
 
+_FIRST = "malote keys new ADDRESS makes them"
+
 JSON = click.option("--json", "as_json", is_flag=True, help="For scripts.")
 
 
@@ -84,7 +86,10 @@ def new(settings: Settings, address: str, algorithm: str, as_json: bool) -> None
 @JSON
 @click.pass_obj
 def list_keys(settings: Settings, as_json: bool) -> None:
-    """List your own keys, then the cards held."""
+    """List your own keys, then the cards held.
+
+    Behind each address: "own", or how the card came here (TOFU: you imported it); the digits to compare; its end.
+    """
     _print(read_store(settings, _descriptions) if store_exists(settings) else [], as_json=as_json)
 
 
@@ -109,7 +114,7 @@ def show(settings: Settings, address: str | None, as_json: bool) -> None:
     entries = read_store(settings, find)
     if not entries:
         raise KeyMissing(f"there is no card for {wanted}" if wanted else "you have no keys yet",
-                         hint="malote keys list shows what there is" if wanted else "malote keys new ADDRESS")
+                         hint="malote keys list shows what there is" if wanted else _FIRST)
     if as_json:
         click.echo(json.dumps(entries, indent=2))
         return
@@ -119,14 +124,14 @@ def show(settings: Settings, address: str | None, as_json: bool) -> None:
 
 
 @keys.command()
-@click.argument("address")
+@click.argument("address", required=False)
 @click.option("-o", "--output", type=click.Path(path_type=Path, allow_dash=True), help="Write to this file instead of stdout.")
 @click.pass_obj
-def export(settings: Settings, address: str, output: Path | None) -> None:
-    """Write the card of ADDRESS as text that can be mailed."""
-    wanted = canonical_card_address(address)
+def export(settings: Settings, address: str | None, output: Path | None) -> None:
+    """Write the card of ADDRESS (or your own) as text that can be mailed."""
 
     async def find(store: Store) -> bytes:
+        wanted = await _only_own(store) if address is None else canonical_card_address(address)
         record = await own_card(store, wanted) or await store.card(wanted)
         if record is None:
             raise KeyMissing(f"there is no card for {wanted}", hint="malote keys list shows what there is")
@@ -140,6 +145,16 @@ def export(settings: Settings, address: str, output: Path | None) -> None:
         output.write_text(text, encoding="utf-8")
     except OSError as error:
         raise click.ClickException(f"{output}: cannot be written ({error.strerror})") from error
+
+
+async def _only_own(store: Store) -> str:
+    """The address of the one identity there is. Raises `KeyMissing`, and `click.UsageError` where there are several."""
+    own = [record.address for record in await store.identities()]
+    if not own:
+        raise KeyMissing("you have no keys yet", hint=_FIRST)
+    if len(own) > 1:
+        raise click.UsageError(f"whose card? ADDRESS is one of: {', '.join(own)}", click.get_current_context())
+    return own[0]
 
 
 @keys.command()
@@ -206,13 +221,13 @@ def _print(entries: list[dict[str, Any]], *, as_json: bool, single: bool = False
     if single:
         click.echo(_long(entries[0]))
         return
-    width = max((len(entry["address"]) for entry in entries), default=0)
-    for entry in entries:
-        what = "own" if entry["own"] else entry["level"]
-        until = "expired" if entry["expired"] else f"until {show_date(entry['usable_until_ms'])}"
-        click.echo(f"{entry['address']:<{width}}  {what:<9}  {entry['fingerprint']}  {until}")
+    rows = [(entry["address"], "own" if entry["own"] else entry["level"], entry["fingerprint"],
+             "expired" if entry["expired"] else f"until {show_date(entry['usable_until_ms'])}") for entry in entries]
+    width, what_width = (max((len(row[column]) for row in rows), default=0) for column in (0, 1))
+    for address, what, fingerprint, until in rows:
+        click.echo(f"{address:<{width}}  {what:<{what_width}}  {fingerprint}  {until}")
     if not entries:
-        _say("there are no keys and no cards yet")
+        _say("there are no keys and no cards yet", f"hint: {_FIRST}; malote keys import FILE takes in the card of somebody else")
 
 
 def _say(*lines: str) -> None:
@@ -233,7 +248,11 @@ def _long(entry: dict[str, Any]) -> str:
 
 
 def _qr_code(text: str) -> str:
-    """Half blocks: a code of 33 modules needs 17 lines. The whole key id, which a program can compare."""
+    """Half blocks: a code of 33 modules needs 17 lines. The whole key id, which a program can compare.
+
+    The blocks are the light modules. A terminal that writes dark on light would show the code inverted, which many cameras do
+    not read, so the colours are set (and left out by click where the output is no terminal).
+    """
     out = io.StringIO()
     segno.make(text, error="m", micro=False).terminal(out, compact=True)
-    return out.getvalue().rstrip("\n")
+    return "\n".join(click.style(line, fg="bright_white", bg="black") for line in out.getvalue().rstrip("\n").split("\n"))

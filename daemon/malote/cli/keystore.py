@@ -37,7 +37,8 @@ def store_exists(settings: Settings) -> bool:
 def read_store(settings: Settings, operation: Callable[[Store], Awaitable[T]]) -> T:
     """Run `operation` on the store, which is opened for reading only. Raises `KeyMissing` where there is none yet."""
     if not store_exists(settings):
-        raise KeyMissing("there are no keys and no cards yet", hint="malote keys new ADDRESS")
+        raise KeyMissing("there are no keys and no cards yet",
+                         hint="malote keys new ADDRESS makes your own; malote keys import FILE takes in a card")
     return asyncio.run(_with_store(settings, operation, readonly=True))
 
 

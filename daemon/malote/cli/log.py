@@ -20,7 +20,7 @@ COLOURS = {"FRESH": "green", "sealed": "green", "refused": "red", "failed": "red
            "DUPLICATE": "yellow", "CONFLICT": "red"}
 
 
-@click.command()
+@click.command(short_help="Show what was sealed, opened and refused lately.")
 @click.option("-n", "--lines", type=click.IntRange(1, 100_000), default=50, show_default=True, help="How many, newest first.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a line, for scripts.")
 @click.pass_obj

@@ -18,16 +18,16 @@ from malote import __version__
 from malote.cli.settings import Settings
 from malote.errors import ExitCode, MaloteError
 
-COMMANDS = {
-    "check": "malote.cli.check:check",
-    "completion": "malote.cli.completion:completion",
+COMMANDS = {       # in the order in which they are first needed
     "init": "malote.cli.init:init",
-    "inspect": "malote.cli.inspect:inspect",
     "keys": "malote.cli.keys:keys",
+    "check": "malote.cli.check:check",
+    "run": "malote.cli.run:run",
     "log": "malote.cli.log:log",
     "open": "malote.cli.open:open_",
-    "run": "malote.cli.run:run",
     "seal": "malote.cli.seal:seal",
+    "inspect": "malote.cli.inspect:inspect",
+    "completion": "malote.cli.completion:completion",
 }
 INTERRUPTED = 130   # as a shell has it: 128 + SIGINT
 
@@ -36,7 +36,7 @@ class LazyGroup(click.Group):
     """A group whose commands are in modules that are imported when asked for."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return sorted(COMMANDS)
+        return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in COMMANDS:
@@ -65,6 +65,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except MaloteError as error:
         _say(str(error), error.hint)
         return int(error.exit_code)
+    except click.exceptions.NoArgsIsHelpError as error:     # `malote`, `malote keys`: the help, without a word of reproach
+        click.echo(error.format_message(), err=True)
+        return int(ExitCode.CONFIG)
     except click.UsageError as error:
         command = error.ctx.command_path if error.ctx else "malote"
         _say(error.format_message(), f"see {command} --help")

@@ -34,7 +34,7 @@ MAX_MESSAGE_BYTES = 1 << 30     # of one file; a whole message is held in memory
 Message = tuple[str, bytes]     # its name for people, and its bytes
 
 
-@click.command(name="open")
+@click.command(name="open", short_help="Open sealed mail without the daemon.")
 @click.argument("file", type=click.File("rb"), required=False)
 @click.option("--maildir", type=click.Path(exists=True, file_okay=False, path_type=Path), help="Open all of this Maildir.")
 @click.option("--mbox", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Open all of this mbox file.")
@@ -183,7 +183,8 @@ class Report:
 
     def end(self) -> None:
         if self.output is not None and not self.as_json:
-            click.echo(f"malote: {self.opened} opened, {self.unreadable} not, {self.passed_over} not sealed", err=True)
+            click.echo(f"malote: {self.opened} opened, {self.unreadable} could not be opened, {self.passed_over} not sealed",
+                       err=True)
 
     def exit_code(self, *, many: bool) -> int:
         if self.unreadable:

@@ -9,7 +9,7 @@ from malote.cli.unlock import read_passphrase
 from malote.service import run as run_service
 
 
-@click.command()
+@click.command(short_help="Run the daemon in the foreground.")
 @click.pass_obj
 def run(settings: Settings) -> None:
     """Run the daemon in the foreground: seal what leaves, watch and open what comes in.

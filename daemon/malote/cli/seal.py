@@ -19,7 +19,7 @@ from malote.outgoing.offline import SealedCopy, seal_offline
 from malote.store import Store
 
 
-@click.command()
+@click.command(short_help="Seal one message without a server.")
 @click.argument("file", type=click.File("rb"), default="-")
 @click.option("--to", "recipients", multiple=True, metavar="ADDRESS",
               help="Seal for this address (may be repeated); without it for those in To and Cc.")

@@ -40,7 +40,7 @@ def read_passphrase(config: KeysConfig, *, new: bool = False) -> bytes:
         case "credential":
             return read_credential(config.credential, error=KeysLocked)
         case "prompt":
-            return ask_passphrase("Passphrase of the private keys", new=new)
+            return ask_passphrase("New passphrase for your private keys" if new else "Passphrase of the private keys", new=new)
 
 
 def ask_passphrase(prompt: str, *, new: bool) -> bytes:
@@ -57,7 +57,7 @@ def ask_passphrase(prompt: str, *, new: bool) -> bytes:
         raise KeysLocked("no passphrase was given") from error
     secret = passphrase.encode("utf-8", "surrogateescape")
     if not secret:
-        raise KeysLocked("the passphrase is empty")
+        raise KeysLocked("the passphrase is empty, nothing was done")
     if len(secret) > MAX_SECRET_BYTES:
         raise KeysLocked(f"the passphrase is longer than {MAX_SECRET_BYTES} bytes")
     return secret

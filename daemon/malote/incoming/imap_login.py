@@ -94,12 +94,14 @@ async def _greet(client: MailClient, account: AccountConfig) -> None:
         async with asyncio.timeout(CONNECT_SECONDS):
             await client._wait_connection_and_hello()
     except TimeoutError:
-        raise MailboxLost(f"{account.host} did not answer within {CONNECT_SECONDS:.0f} seconds") from None
+        raise MailboxLost(f"{account.host} did not answer within {CONNECT_SECONDS:.0f} seconds", code="NOANSWER",
+                          hint="check host, port and security of the account") from None
     except ssl.SSLCertVerificationError as error:
         raise MailboxLost(f"the certificate of {account.host} is not accepted: {error.verify_message}",
                           code="CERTIFICATE", hint="set ca_file if the server has a certificate of its own") from error
     except (OSError, UnicodeError) as error:
-        raise MailboxLost(f"{account.host}, port {account.port} cannot be reached ({_reason(error)})") from error
+        raise MailboxLost(f"{account.host}, port {account.port} cannot be reached ({_reason(error)})", code="UNREACHABLE",
+                          hint="check host, port and security of the account, and whether its server is up") from error
     protocol = client.protocol
     keep_alive(protocol.transport.get_extra_info("socket"))
     encrypted = account.security is Security.TLS

@@ -339,9 +339,9 @@ class Progress:
 
 def _reason(error: MaloteError) -> dict[str, str]:
     """For the log: our own words. A mail server's are not repeated, they may name people or folders."""
-    if isinstance(error, MailboxError):
-        return {"code": error.code, "hint": error.hint}
-    return {"reason": str(error), "hint": error.hint}
+    told = {"code": error.code} if isinstance(error, MailboxError) else {"reason": str(error)}
+    told["hint"] = error.hint
+    return {name: text for name, text in told.items() if text}
 
 
 def make_delivery(account: AccountConfig, target: Folder | None) -> Delivery:

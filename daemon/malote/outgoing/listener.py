@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import os
 import socket
 import ssl
 import stat
@@ -92,7 +94,8 @@ class Listener:
                     factory, config.host, config.port, backlog=BACKLOG, ssl=implicit, ssl_handshake_timeout=handshake)
         except OSError as error:
             where = config.socket or f"{config.host} port {config.port}"
-            raise ConfigError(f"outgoing.listeners: cannot listen on {where} ({error.strerror or 'no such address'})") from error
+            why = os.strerror(error.errno) if error.errno and error.errno > 0 else "no such address"    # negative: the resolver's
+            raise ConfigError(f"outgoing.listeners: cannot listen on {where} ({why})", hint=_cure(error)) from error
 
     @property
     def addresses(self) -> list[tuple[str, int]]:
@@ -119,6 +122,16 @@ class Listener:
         if self._path is not None:
             self._path.unlink(missing_ok=True)
             self._path = None
+
+
+def _cure(error: OSError) -> str:
+    match error.errno:
+        case errno.EADDRINUSE:
+            return "is malote running already? if not, set another port in [[outgoing.listeners]]"
+        case errno.EACCES:
+            return "ports below 1024 need CAP_NET_BIND_SERVICE; docs/operating.md says how"
+        case _:
+            return "set host to an address of this machine"
 
 
 def _unix_socket(path: Path) -> socket.socket:

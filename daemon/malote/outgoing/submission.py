@@ -12,18 +12,31 @@ import asyncio
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import structlog
 
 from malote.config import LimitsConfig, OutgoingConfig, RuleConfig
 from malote.core.address import domain_of, routed_addresses
-from malote.core.encrypted import decide_encrypted
+from malote.core.encrypted import Encrypted, decide_encrypted
 from malote.core.identity import Identity
 from malote.core.message import Prepared, complete, prepare
 from malote.core.outer import threading_ids
 from malote.core.policy import Action, check_mix, check_recipients, decide_envelope, decide_recipient
 from malote.core.primitives import hmac_sha256, random_bytes
-from malote.errors import MaloteError, PolicyRefused, Reply, StoreUnavailable, UpstreamError
+from malote.errors import (
+    ClockWrong,
+    FormatError,
+    KeyMissing,
+    MailLoop,
+    MaloteError,
+    PolicyRefused,
+    Reply,
+    SenderRefused,
+    StoreUnavailable,
+    TooBusy,
+    UpstreamError,
+)
 from malote.outgoing.answers import Outcome, State, decide_answer, printable
 from malote.outgoing.copies import Letter, make_outer, received_line
 from malote.outgoing.delivery import INLINE_BYTES, LOCAL, TOO_LATE, Delivery
@@ -41,6 +54,7 @@ from malote.store.records import OutcomeEntry, SendIntent, SendPlan, SendRecipie
 from malote.store.store import Store
 
 log = structlog.get_logger("malote.outgoing")
+T = TypeVar("T")
 
 WORKERS = 2             # threads that seal large messages: more would only wait for each other's GIL
 
@@ -63,6 +77,7 @@ class Line:
     copies: int = 0
     outcome: str = "failed"
     from_address: str = ""
+    why: str = ""       # it was refused by us
     states: dict[State, int] = field(default_factory=dict)
 
 
@@ -126,11 +141,19 @@ class Submissions:
             code = finished.reply.code
             return finished
         except MaloteError as error:
-            code = error.reply.code
+            code, line.why = error.reply.code, _why(error)
             line.outcome = "refused" if code >= 500 else "failed"
             raise
         finally:
             self._log(session, tx, line, code, int((asyncio.get_running_loop().time() - started) * 1000))
+
+    def refused_recipient(self, session: ClientSession, sender: str, error: MaloteError) -> None:
+        """For the log and `malote log`: it had its answer at RCPT, and the message may never come."""
+        code = error.reply.code
+        log.info("recipient refused", session=session.id, reply=code, reason=_why(error))
+        self._store.log_outcome(OutcomeEntry(
+            at_ms=self.clock_ms(), direction="out", outcome="refused", account=session.login, sender=sender, recipients=1,
+            detail=f"{code} {_why(error)}".rstrip()))
 
     async def _send(self, session: ClientSession, tx: Transaction, submitter: Submitter, content: bytearray,
                     line: Line) -> Finished:
@@ -140,7 +163,8 @@ class Submissions:
         recipients = {recipient.address: recipient for recipient in tx.recipients}
         ids = threading_ids(prepared.kept)
         known = await self._store.outer_ids(ids) if ids else {}
-        identity = self._decide(recipients, prepared, content, submitter, reply=bool(known))
+        encrypted = await self._work(len(content), decide_encrypted, content)
+        identity = self._decide(recipients, prepared, encrypted, submitter, reply=bool(known))
         digest = await self._digest(prepared)
         key = (submitter.login, prepared.from_address, digest)
         turn = self._inflight.take(key) or await self._wait_for_turn(key, tx, deadline)
@@ -166,11 +190,10 @@ class Submissions:
 
     # decide
 
-    def _decide(self, recipients: Mapping[str, Recipient], prepared: Prepared, content: bytearray,
+    def _decide(self, recipients: Mapping[str, Recipient], prepared: Prepared, encrypted: Encrypted,
                 submitter: Submitter, *, reply: bool) -> Identity | None:
         """The final action of each recipient, and who signs. Raises `MaloteError` when the whole message is refused."""
         from_address = prepared.from_address
-        encrypted = decide_encrypted(content)
         identities = self._identities()
         exists = from_address in identities or f"@{domain_of(from_address)}" in identities
         changed = any(recipient.rules is not self.rules for recipient in recipients.values())
@@ -192,13 +215,17 @@ class Submissions:
         """What makes two submissions the same: the bytes after the removals, under a key that never leaves this store."""
         key = await self._store.local_key("journal")
         parts = prepared.stripped_parts
-        if len(prepared.submitted) <= INLINE_BYTES:
-            return hmac_sha256(key, *parts)
-        digest = await asyncio.get_running_loop().run_in_executor(self._executor, hmac_sha256, key, *parts)
+        digest = await self._work(len(prepared.submitted), hmac_sha256, key, *parts)
         for part in parts:      # the thread may hold it a moment longer, and the submitted bytes could not be given back
             if isinstance(part, memoryview):
                 part.release()
         return digest
+
+    async def _work(self, size: int, function: Callable[..., T], *arguments: object) -> T:
+        """Here, or in a thread where it takes long enough for other clients to notice."""
+        if size <= INLINE_BYTES:
+            return function(*arguments)
+        return await asyncio.get_running_loop().run_in_executor(self._executor, function, *arguments)
 
     # write down
 
@@ -320,10 +347,21 @@ class Submissions:
             "message", id=line.id, direction="out", outcome=line.outcome, reply=code, session=session.id, bytes=line.size,
             sealed=line.sealed, plain=line.plain, copies=line.copies, ms=took_ms, **states,
             login=session.login, sender=tx.sender, recipients=[recipient.address for recipient in tx.recipients],
+            **({"reason": line.why} if line.why else {}),
         )
         self._store.log_outcome(OutcomeEntry(
             at_ms=self.clock_ms(), direction="out", outcome=line.outcome, account=session.login, message_id=line.id,
-            sender=line.from_address, recipients=len(tx.recipients), detail=str(code), took_ms=took_ms))
+            sender=line.from_address, recipients=len(tx.recipients), detail=f"{code} {line.why}".rstrip(), took_ms=took_ms))
+
+
+_WHY: Mapping[type[MaloteError], str] = {       # never the reply's text, which names the recipients
+    KeyMissing: "no card", SenderRefused: "no identity that may sign", PolicyRefused: "by a rule", FormatError: "no mail",
+    MailLoop: "a loop", TooBusy: "too busy", ClockWrong: "the clock is wrong", StoreUnavailable: "the store is not available",
+}
+
+
+def _why(error: MaloteError) -> str:
+    return next((why for kind, why in _WHY.items() if isinstance(error, kind)), "")
 
 
 # One blob serves several recipients of a copy: it went out as soon as it went out for one of them.

@@ -140,7 +140,8 @@ def check_place(directory: Path, *, make: bool) -> Path:
         if found.st_uid != place.st_uid:
             raise StoreUnavailable("the store file and its directory have different owners", hint=f"see {file}")
     except FileNotFoundError as error:
-        raise StoreUnavailable("there is no store", hint=f"see {directory}") from error
+        raise StoreUnavailable(f"there is no store in {directory} yet",
+                               hint="malote keys new ADDRESS or malote run makes it") from error
     except OSError as error:
         raise StoreUnavailable(f"the store's directory cannot be used ({error.strerror})", hint=f"see {directory}") from error
     return file
