@@ -5,17 +5,20 @@ from __future__ import annotations
 import base64
 import re
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from malote.config import RuleConfig
+from malote.core import encrypted, primitives
 from malote.core.identity import new_identity
 from malote.core.keys import SignatureAlgorithm
 from malote.core.open import Opened
 from malote.errors import Unreadable
-from malote.outgoing import copies, delivery
+from malote.outgoing import copies, delivery, submission
+from malote.outgoing.delivery import INLINE_BYTES
 from malote.outgoing.desk import ClientSession
 from outgoing.harness import NOW_MS, Gateway, Received, Upstream, opened, person, text, upstream_config
 
@@ -274,15 +277,20 @@ async def test_a_large_message_is_sealed_off_the_loop_and_its_submitted_bytes_ar
 ])
 async def test_large_work_leaves_the_loop_free(
         tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int, algorithm: SignatureAlgorithm, inline: bool) -> None:
-    """Sealing a large message, and an ML-DSA signature, happen in a thread: other clients are served meanwhile."""
-    threads: list[str] = []
-    real = copies.make_copy
+    """Looking into a large message, hashing and sealing it, and an ML-DSA signature, happen in a thread: other clients are served
+    meanwhile."""
+    threads: dict[str, str] = {}
 
-    def noted(*arguments: Any) -> Any:
-        threads.append(threading.current_thread().name)
-        return real(*arguments)
-    monkeypatch.setattr(delivery, "make_copy", noted)
+    def note(module: Any, name: str, real: Callable[..., Any]) -> None:
+        def noted(*arguments: Any) -> Any:
+            threads[name] = threading.current_thread().name
+            return real(*arguments)
+        monkeypatch.setattr(module, name, noted)
+    note(delivery, "make_copy", copies.make_copy)
+    note(submission, "decide_encrypted", encrypted.decide_encrypted)
+    note(submission, "hmac_sha256", primitives.hmac_sha256)
     alice = new_identity(ALICE.address, algorithm, NOW_MS - 86_400_000)
     async with Upstream() as upstream, gateway(tmp_path, upstream, identities={ALICE.address: alice}) as gw:
         assert (await gw.submit(ALICE.address, [BOB.address], text(body=("x" * 70 + "\r\n") * (size // 70)))).code == 250
-    assert [name.startswith("malote-seal") for name in threads] == [not inline]
+    assert {name: thread.startswith("malote-seal") for name, thread in threads.items()} == {
+        "make_copy": not inline, "decide_encrypted": size > INLINE_BYTES, "hmac_sha256": size > INLINE_BYTES}
