@@ -15,6 +15,7 @@ import pytest
 import structlog
 
 from malote.config import ListenerConfig
+from malote.errors import MaloteError
 from malote.outgoing.desk import ClientSession
 from malote.outgoing.relay import Credentials
 from malote.outgoing.users import hash_password
@@ -61,6 +62,24 @@ async def test_without_login_nobody_signs_even_on_this_machine(tmp_path: Path) -
         assert (await send(gw, ALICE.address)).data.startswith("550 5.7.1 This login may not sign")
         assert (await send(gw, "x@test.example", recipient="y@else.example")).code == 250, "mail that is not to be sealed passes"
     assert len(upstream.messages) == 1
+
+
+@pytest.mark.parametrize("loopback", [True, False], ids=["loopback", "network"])
+async def test_from_the_network_nobody_passes_through_without_a_login(tmp_path: Path, loopback: bool) -> None:
+    """The upstream server sees our address, and may trust it: we would be an open relay, and tell strangers who has a card."""
+    async with Upstream() as upstream, gateway(tmp_path, upstream) as gw:
+        session = ClientSession("s1", "192.0.2.7", None, loopback, tls=True)
+        await gw.desk.offer(session)
+        if loopback:
+            assert (await gw.desk.mail(session, "x@test.example", {})).code == 250
+        else:
+            with pytest.raises(MaloteError) as caught:
+                await gw.desk.mail(session, "x@test.example", {})
+            assert caught.value.reply.code == 530
+            session.login = (await gw.desk.authenticate(session, "PLAIN", b"\0alice@test.example\0pw")).login
+            assert (await gw.desk.mail(session, ALICE.address, {})).code == 250
+        await gw.desk.close(session)
+    assert "MAIL" not in upstream.steps
 
 
 async def test_a_users_file_binds_a_login_of_the_upstream_to_addresses(tmp_path: Path) -> None:

@@ -141,13 +141,19 @@ class Sender:
             return Submitter(name, user.addresses)
         return Submitter(name, anyone=True) if uid == os.geteuid() else Submitter()
 
-    def _check_may_send(self, state: SessionState) -> None:
-        """Raises `MaloteError` for a client that must log in first."""
+    def _check_may_send(self, session: ClientSession, state: SessionState) -> None:
+        """Raises `MaloteError` for a client that must log in first.
+
+        With pass-through the upstream server decides who may send, but it sees this machine, which it may trust by its address:
+        without a login only programs on this machine pass, as they could connect there themselves.
+        """
         match self._listener.auth:
             case "local" if not state.submitter.login:
                 raise MaloteError("no login", reply=_LOGIN_NEEDED)
             case "peer" if not state.submitter.login:
                 raise MaloteError("a user that is not listed", reply=_NOT_KNOWN)
+            case "pass-through" if not session.login and not session.loopback:
+                raise MaloteError("no login, from the network", reply=_LOGIN_NEEDED)
             case "none" | "pass-through" if self._own_login:
                 raise MaloteError("no login, but the upstream has one", reply=_NO_LOGIN_HERE)
 
@@ -155,7 +161,7 @@ class Sender:
 
     async def mail(self, session: ClientSession, address: str, params: Params) -> Reply:
         state = await self._state(session)
-        self._check_may_send(state)
+        self._check_may_send(session, state)
         if state.tx is not None:
             await state.tx.end()
         state.tx = Transaction(address, params, state.lane, fold=self._config.fold)
