@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import shutil
 import smtplib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -389,12 +389,12 @@ async def test_a_losers_copy_that_a_person_files_while_it_looks(box: Box, monkey
     file(NAMES[2])
     copies_in, looks = ImapDelivery._copies_in, []
 
-    async def filed_meanwhile(self: ImapDelivery, session: Session, folder: Folder, message: str) -> list[Copy]:
+    async def filed_meanwhile(self: ImapDelivery, session: Session, folder: Folder, messages: Collection[str]) -> list[Copy]:
         looks.append(folder.name)
         if looks.count("INBOX") == 2 and looks[-1] == "INBOX":
             assert "Filed" in looks
             file(NAMES[0])
-        return await copies_in(self, session, folder, message)
+        return await copies_in(self, session, folder, messages)
 
     monkeypatch.setattr(ImapDelivery, "_copies_in", filed_meanwhile)
     won.set()

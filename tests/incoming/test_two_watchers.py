@@ -205,7 +205,7 @@ class Person:
                 self.client.imap.uid("MOVE", uid, "Filed")
             case "delete":
                 _, data = self.client.imap.uid("FETCH", uid, "(BODY.PEEK[HEADER.FIELDS (Subject X-Number)])")
-                if data and data[0]:
+                if data and isinstance(data[0], tuple):     # else it is gone already
                     self.client.imap.uid("STORE", uid, "+FLAGS", "\\Deleted")
                     self.client.imap.uid("EXPUNGE", uid)
                     self.deleted.add(data[0][1].decode())

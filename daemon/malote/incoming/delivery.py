@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import base64
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -19,6 +19,8 @@ from malote.incoming.account import Mark, mark_of
 from malote.incoming.arbiter import Copy
 from malote.incoming.mailbox import Folder
 from malote.incoming.session import Session
+
+MARKS_AT_ONCE = 30      # in one SEARCH, of 70 bytes each: lines of 2 KB are taken by every server
 
 _BARE_CR = re.compile(rb"\r(?!\n)")
 _WRAPPED_FIELDS = frozenset({"from", "to", "cc", "subject", "date", "message-id", "in-reply-to", "references", "reply-to"})
@@ -60,11 +62,11 @@ class Delivery(Protocol):
 
     async def deliver(self, session: Session, source: Folder, parcels: Sequence[Parcel]) -> None: ...
 
-    async def copies(self, session: Session, source: Folder, message: str) -> list[Copy]:
-        """The marked copies of one message where opened mail goes, by whatever device."""
+    async def copies(self, session: Session, source: Folder, messages: Collection[str]) -> list[Copy]:
+        """The marked copies of these messages where opened mail goes, by whatever device."""
         ...
 
-    async def copies_anywhere(self, session: Session, message: str) -> list[Copy]:
+    async def copies_anywhere(self, session: Session, messages: Collection[str]) -> list[Copy]:
         """Also those that a person has filed in another folder."""
         ...
 
@@ -138,26 +140,31 @@ class ImapDelivery:
             await self._append(session, target, new)
             await self._verify(session, target, [parcel for parcel in new if parcel.failure is None])
 
-    async def copies(self, session: Session, source: Folder, message: str) -> list[Copy]:
-        return await self._copies_in(session, self._target or source, message)
+    async def copies(self, session: Session, source: Folder, messages: Collection[str]) -> list[Copy]:
+        return await self._copies_in(session, self._target or source, messages)
 
-    async def copies_anywhere(self, session: Session, message: str) -> list[Copy]:
+    async def copies_anywhere(self, session: Session, messages: Collection[str]) -> list[Copy]:
         found: list[Copy] = []
-        for folder in await session.box.list_folders():
+        for folder in await session.box.list_folders() if messages else ():
             try:
-                found += await self._copies_in(session, folder, message) if folder.selectable else []
+                found += await self._copies_in(session, folder, messages) if folder.selectable else []
             except MailboxError as error:
                 if session.box.lost.is_set() or error.code not in _NOT_READABLE:
                     raise       # a folder that we may not read holds nothing of ours; anything else is a fault
         return found
 
-    async def _copies_in(self, session: Session, folder: Folder, message: str) -> list[Copy]:
+    async def _copies_in(self, session: Session, folder: Folder, messages: Collection[str]) -> list[Copy]:
+        """Many at once: a search in headers may read every message of the folder."""
         await session.enter(folder)
-        uids = await session.box.search(f'HEADER Malote-Mark "{message}"')
+        uids: list[int] = []
+        wanted = list(messages)
+        for start in range(0, len(wanted), MARKS_AT_ONCE):
+            keys = [f'HEADER Malote-Mark "{message}"' for message in wanted[start:start + MARKS_AT_ONCE]]
+            uids += await session.box.search("OR " * (len(keys) - 1) + " ".join(keys))
         peeked = await session.box.peek_headers(uids, ("Malote-Mark",)) if uids else []
         marks = ((mark_of(peek.header), peek) for peek in peeked)
         return [Copy(mark, folder, peek.uid, _is_discarded(folder, peek.flags)) for mark, peek in marks
-                if mark is not None and mark.message == message]
+                if mark is not None and mark.message in messages]
 
     async def is_same(self, session: Session, one: Copy, other: Copy) -> bool:
         found: list[bytes] = []
@@ -184,7 +191,7 @@ class ImapDelivery:
 
     async def _find_earlier(self, session: Session, target: Folder, parcel: Parcel) -> None:
         """A copy of ours that is there already and whole serves (IMAP keeps no half of an APPEND)."""
-        for copy in await self.copies(session, target, parcel.mark.message):
+        for copy in await self.copies(session, target, [parcel.mark.message]):
             if copy.mark != parcel.mark:
                 parcel.rival = True
                 continue
@@ -196,7 +203,7 @@ class ImapDelivery:
 
     async def _is_elsewhere(self, session: Session, parcel: Parcel) -> bool:
         """Whether a person's own client has filed our copy in another folder already."""
-        for copy in await self.copies_anywhere(session, parcel.mark.message):
+        for copy in await self.copies_anywhere(session, [parcel.mark.message]):
             if copy.mark == parcel.mark:
                 await session.enter(copy.folder)
                 stored = await session.box.fetch(copy.uid)
@@ -215,7 +222,7 @@ class ImapDelivery:
     async def _verify(self, session: Session, target: Folder, parcels: Sequence[Parcel]) -> None:
         for parcel in parcels:
             if parcel.copy is None:     # no UIDPLUS: find it by its mark
-                copies = await self.copies(session, target, parcel.mark.message)
+                copies = await self.copies(session, target, [parcel.mark.message])
                 parcel.copy = max((copy.uid for copy in copies if copy.mark == parcel.mark), default=None)
         stored = {fetched.uid: fetched.raw for fetched in await session.fetch_new(target, _copies(parcels))}
         for parcel in parcels:

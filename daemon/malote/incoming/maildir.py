@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from malote.errors import MailboxError
@@ -26,10 +26,10 @@ class MaildirDelivery:
     async def deliver(self, session: Session, source: Folder, parcels: Sequence[Parcel]) -> None:
         await asyncio.to_thread(self._deliver, parcels)
 
-    async def copies(self, session: Session, source: Folder, message: str) -> list[Copy]:
+    async def copies(self, session: Session, source: Folder, messages: Collection[str]) -> list[Copy]:
         return []       # another device's Maildir is not to be seen from here, and its copy there is no double
 
-    async def copies_anywhere(self, session: Session, message: str) -> list[Copy]:
+    async def copies_anywhere(self, session: Session, messages: Collection[str]) -> list[Copy]:
         return []
 
     async def is_same(self, session: Session, one: Copy, other: Copy) -> bool:

@@ -31,6 +31,7 @@ from malote.store import Attempt, Store, Stored
 
 RETRY_FIRST_MS = 60_000             # of a message that could not be delivered; doubled each time
 RETRY_MOST_MS = 6 * 3_600_000
+SETTLED_AT_ONCE = 100               # contests: what was seen of the copies must not be old when one is taken back
 NEVER_MS = 2**53                    # until the keys change
 UNREADABLE_KEYWORD = "$MaloteUnreadable"
 # Not the message's fault: another form of it would fare no better
@@ -281,14 +282,15 @@ class Receiver:
         """The originals are gone: another watcher has moved them away, or a person has (see `arbiter`)."""
         asked_ms = self._clock()
         sealed = await self._foreign.look(session, self._folders.sealed)
+        if self._account.deliver == "maildir":
+            return
+        known = await self._copies_of(session, place, {item.parcel.mark.message: item.letter.unsealed.payload_digest in sealed
+                                                       for item in lost if item.parcel and item.letter.unsealed})
         for item in lost:
             parcel, unsealed = item.parcel, item.letter.unsealed
-            if parcel is None or unsealed is None or self._account.deliver == "maildir":
+            if parcel is None or unsealed is None:
                 continue
-            is_sealed = unsealed.payload_digest in sealed
-            copies = await self._delivery.copies(session, place.folder, parcel.mark.message)
-            if is_sealed and len({copy.mark.device for copy in copies}) < 2:    # a person may have filed one of the two
-                copies = await self._delivery.copies_anywhere(session, parcel.mark.message)
+            is_sealed, copies = unsealed.payload_digest in sealed, known.get(parcel.mark.message, [])
             late = self._clock() - asked_ms > CONTEST_MS // 2
             found = any(copy.mark.device == self._device for copy in copies)    # else somebody is just moving it
             if not found or decide_after_lost_move(parcel.mark, copies, original_is_sealed=is_sealed, late=late):
@@ -296,6 +298,14 @@ class Receiver:
             else:
                 await self._withdraw(session, copies)
                 self._foreign.note_settled(unsealed.payload_digest)
+
+    async def _copies_of(self, session: Session, place: Place, messages: Mapping[str, bool]) -> dict[str, list[Copy]]:
+        """The copies of each; those of which fewer than two are found though the original is sealed (True) also in all other
+        folders: a person may have filed one."""
+        found = _by_message(await self._delivery.copies(session, place.folder, messages))
+        filed = [message for message, is_sealed in messages.items()
+                 if is_sealed and len({copy.mark.device for copy in found.get(message, [])}) < 2]
+        return found | _by_message(await self._delivery.copies_anywhere(session, filed))
 
     async def _withdraw(self, session: Session, copies: Iterable[Copy]) -> None:
         for copy in copies:
@@ -370,8 +380,10 @@ class Receiver:
 
     async def settle_contests(self, session: Session) -> None:
         """Where two devices may each have left a copy and nobody knows who won, one of them takes its own back."""
-        for message, waited_for in self._contests.due(self._clock()):
-            ours, copies = Mark(message, self._device), await self._delivery.copies_anywhere(session, message)
+        due = self._contests.due(self._clock())[:SETTLED_AT_ONCE]
+        known = _by_message(await self._delivery.copies_anywhere(session, [message for message, _ in due]))
+        for message, waited_for in due:
+            ours, copies = Mark(message, self._device), known.get(message, [])
             decision = decide_contest(ours, copies, waited_for=waited_for)
             if decision is Settle.YIELD:
                 await self._yield(session, copies)
@@ -411,6 +423,13 @@ def first_of_each(letters: Iterable[Letter]) -> tuple[list[Letter], list[Letter]
             first.append(letter)
         seen |= names
     return first, repeats
+
+
+def _by_message(copies: Iterable[Copy]) -> dict[str, list[Copy]]:
+    found: dict[str, list[Copy]] = {}
+    for copy in copies:
+        found.setdefault(copy.mark.message, []).append(copy)
+    return found
 
 
 def kept_flags(flags: Sequence[str], *, keywords: bool) -> tuple[str, ...]:
