@@ -217,3 +217,20 @@ async def test_everything_survives_a_restart(open_store: Open, intent: Make) -> 
     again = await (await open_store()).begin_send(intent(BOB))
     assert again.submission_id == first.submission_id
     assert again.row(BOB).state is SendState.IN_DOUBT
+
+
+async def test_who_is_served_is_remembered_as_long_as_the_client_comes_back(store: Store, intent: Make, now_ms: int) -> None:
+    """A queue tries for five days to reach the one who is missing: the other must not get it again after one."""
+    hour = 3_600_000
+    both = intent(BOB, CAROL)
+    plan = await store.begin_send(both)
+    await store.finish_send(plan, {BOB: (Outcome.ACCEPTED, "250 ok"), CAROL: (Outcome.UNSENT, "")}, now_ms)
+    for hours in (20, 40, 60):
+        at_ms = now_ms + hours * hour
+        again = await store.begin_send(intent(BOB, CAROL, now_ms=at_ms))
+        assert again.row(BOB).state is SendState.ACCEPTED, f"forgotten after {hours} hours"
+        assert again.submission_id == plan.submission_id
+        await store.finish_send(again, {CAROL: (Outcome.UNSENT, "")}, at_ms)
+        await store.expire_journal(at_ms + hour, retry_memory_hours=24)
+    await store.expire_journal(now_ms + 85 * hour, retry_memory_hours=24)
+    assert (await store.begin_send(intent(BOB, CAROL, now_ms=now_ms + 85 * hour))).row(BOB).state is SendState.NEW

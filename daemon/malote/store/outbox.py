@@ -48,6 +48,7 @@ _FINISH = Statement(update(journal).where(_OUR_ROW, journal.c.state != int(SendS
 _UNDO_FIRST = Statement(delete(journal).where(_OUR_ATTEMPT))
 _UNDO = Statement(update(journal).where(_OUR_ATTEMPT).values(state=bindparam("state")))
 _FORGET = Statement(delete(journal).where(_OUR_ROW, journal.c.state != int(SendState.IN_DOUBT)))
+_TOUCH = Statement(update(journal).where(journal.c.key == bindparam("at_key")).values(changed_at_ms=bindparam("now_ms")))
 _EXPIRE = Statement(delete(journal).where(tuple_(journal.c.key, journal.c.recipient).in_(
     select(journal.c.key, journal.c.recipient).where(journal.c.changed_at_ms < bindparam("before_ms")).limit(1000))))
 _DROP_DEVICES = Statement(delete(device))
@@ -86,6 +87,8 @@ def begin_send(db: Db, intent: SendIntent) -> SendPlan:
     submission_id, first_at_ms = os.urandom(16), intent.now_ms
     if known:
         _, _, submission_id, first_at_ms, *_ = min(known.values(), key=lambda row: (row[3], row[2]))
+        # who was served stays remembered for as long as the client comes back for the others: a queue does so for days
+        db.run(_TOUCH, {"at_key": key, "now_ms": intent.now_ms})
     stream, sent_at_ms = b"", intent.now_ms
     if any(recipient.sealed for recipient in intent.recipients):
         stream, sent_at_ms = _stamp(db, intent)
