@@ -60,6 +60,8 @@ class Parcel:
 class Delivery(Protocol):
     """Gives each parcel its `copy` or its `failure`. Raises `MailboxLost` when nothing more can be said."""
 
+    shared: bool        # other devices put their copies there too, and each sees those of the others
+
     async def deliver(self, session: Session, source: Folder, parcels: Sequence[Parcel]) -> None: ...
 
     async def copies(self, session: Session, source: Folder, messages: Collection[str]) -> list[Copy]:
@@ -126,6 +128,8 @@ def same_content(stored: bytes, sent: bytes) -> bool:
 
 class ImapDelivery:
     """APPEND with a mark, then FETCH what was stored and compare. `target`: None for the folder that the original is in."""
+
+    shared = True
 
     def __init__(self, target: Folder | None) -> None:
         self._target = target

@@ -20,6 +20,8 @@ _FLAGS = {"\\draft": "D", "\\flagged": "F", "\\answered": "R", "\\seen": "S", "\
 class MaildirDelivery:
     """tmp, fsync, rename, fsync of the directory; 0600 and 0700. The mark in the file's name makes a second try harmless."""
 
+    shared = False
+
     def __init__(self, directory: Path) -> None:
         self._directory = directory
 

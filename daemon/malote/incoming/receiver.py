@@ -18,8 +18,8 @@ from malote.core import status
 from malote.core.freshness import QUARANTINED, UNPROVEN, Arrival, FreshnessLimits, sentence
 from malote.core.message import header_fields
 from malote.errors import FormatError, MailboxError
-from malote.incoming.account import AccountKeys, Mark
-from malote.incoming.arbiter import CONTEST_MS, Contests, Copy, Settle, decide_after_lost_move, decide_contest, greater_names
+from malote.incoming.account import AccountKeys
+from malote.incoming.arbiter import Contests
 from malote.incoming.delivery import Delivery, Failure, Parcel, carriable, wrapped
 from malote.incoming.foreign import ForeignFolders
 from malote.incoming.imap_protocol import MAX_LITERAL
@@ -27,11 +27,11 @@ from malote.incoming.mailbox import Fetched, Folder
 from malote.incoming.opening import Kind, Letter, Opener, off_loop
 from malote.incoming.outcomes import Outcomes
 from malote.incoming.session import Folders, Session
+from malote.incoming.settler import Settler
 from malote.store import Attempt, Store, Stored
 
 RETRY_FIRST_MS = 60_000             # of a message that could not be delivered; doubled each time
 RETRY_MOST_MS = 6 * 3_600_000
-SETTLED_AT_ONCE = 100               # contests: what was seen of the copies must not be old when one is taken back
 NEVER_MS = 2**53                    # until the keys change
 UNREADABLE_KEYWORD = "$MaloteUnreadable"
 # Not the message's fault: another form of it would fare no better
@@ -99,6 +99,8 @@ class Receiver:
         self._device = device
         self._clock = clock
         self._own_copies = own_copies
+        self._settler = Settler(delivery=delivery, foreign=foreign, sealed=folders.sealed, contests=contests, device=device,
+                                clock=clock)
 
     async def receive(self, session: Session, place: Place, gathered: Gathered) -> None:
         """Deal with these messages.
@@ -144,6 +146,9 @@ class Receiver:
         for letter in await self._foreign.record(session, (self._folders.sealed, self._folders.quarantine)):
             if letter.unsealed is not None:
                 self._contests.open(self._keys.mark(letter.unsealed.payload_digest, self._device).message, self._clock())
+
+    async def settle_contests(self, session: Session) -> None:
+        await self._settler.settle(session)
 
     # --- gather ---
 
@@ -212,7 +217,8 @@ class Receiver:
         moves = await self._move(session, place, [item.letter.uid for item in delivered], self._folders.sealed)
         lost = [item for item in delivered if item.letter.uid not in moves.moved and item.letter.uid not in moves.stuck]
         if lost:
-            await self._arbitrate(session, place, lost)
+            await self._settler.after_lost_moves(session, place.folder, [
+                (item.parcel.mark, item.letter.unsealed.payload_digest) for item in lost if item.parcel and item.letter.unsealed])
         for item in delivered:      # a rival that is alive takes its copy back when its MOVE fails; one that is dead does not
             if item.parcel is not None and item.parcel.rival and item.letter.uid in moves.moved:
                 self._contests.open(item.parcel.mark.message, self._clock())
@@ -278,40 +284,6 @@ class Receiver:
         self._foreign.note_own(target, [uid for uid in moved.values() if uid])
         return Moves(moved, stuck)
 
-    async def _arbitrate(self, session: Session, place: Place, lost: Sequence[Judged]) -> None:
-        """The originals are gone: another watcher has moved them away, or a person has (see `arbiter`)."""
-        asked_ms = self._clock()
-        sealed = await self._foreign.look(session, self._folders.sealed)
-        if self._account.deliver == "maildir":
-            return
-        known = await self._copies_of(session, place, {item.parcel.mark.message: item.letter.unsealed.payload_digest in sealed
-                                                       for item in lost if item.parcel and item.letter.unsealed})
-        for item in lost:
-            parcel, unsealed = item.parcel, item.letter.unsealed
-            if parcel is None or unsealed is None:
-                continue
-            is_sealed, copies = unsealed.payload_digest in sealed, known.get(parcel.mark.message, [])
-            late = self._clock() - asked_ms > CONTEST_MS // 2
-            found = any(copy.mark.device == self._device for copy in copies)    # else somebody is just moving it
-            if not found or decide_after_lost_move(parcel.mark, copies, original_is_sealed=is_sealed, late=late):
-                self._contests.open(parcel.mark.message, self._clock())
-            else:
-                await self._withdraw(session, copies)
-                self._foreign.note_settled(unsealed.payload_digest)
-
-    async def _copies_of(self, session: Session, place: Place, messages: Mapping[str, bool]) -> dict[str, list[Copy]]:
-        """The copies of each; those of which fewer than two are found though the original is sealed (True) also in all other
-        folders: a person may have filed one."""
-        found = _by_message(await self._delivery.copies(session, place.folder, messages))
-        filed = [message for message, is_sealed in messages.items()
-                 if is_sealed and len({copy.mark.device for copy in found.get(message, [])}) < 2]
-        return found | _by_message(await self._delivery.copies_anywhere(session, filed))
-
-    async def _withdraw(self, session: Session, copies: Iterable[Copy]) -> None:
-        for copy in copies:
-            if copy.mark.device == self._device:
-                await self._delivery.withdraw(session, copy)
-
     async def _finish(self, place: Place, done: Sequence[Judged], outcome: str) -> None:
         await asyncio.gather(*(self._store.mark_delivered(item.stored.row_id) for item in done if item.stored.row_id is not None))
         for item in done:
@@ -376,31 +348,6 @@ class Receiver:
         await self._store.put_attempt(
             Attempt(self._account.name, place.folder.name, place.uidvalidity, uid, count, now_ms + delay_ms, code), now_ms)
 
-    # --- contests ---
-
-    async def settle_contests(self, session: Session) -> None:
-        """Where two devices may each have left a copy and nobody knows who won, one of them takes its own back."""
-        due = self._contests.due(self._clock())[:SETTLED_AT_ONCE]
-        known = _by_message(await self._delivery.copies_anywhere(session, [message for message, _ in due]))
-        for message, waited_for in due:
-            ours, copies = Mark(message, self._device), known.get(message, [])
-            decision = decide_contest(ours, copies, waited_for=waited_for)
-            if decision is Settle.YIELD:
-                await self._yield(session, copies)
-            if decision is Settle.WAIT:
-                self._contests.wait(message, self._clock(), greater_names(ours, copies))
-            else:
-                self._contests.close(message)
-
-    async def _yield(self, session: Session, copies: Sequence[Copy]) -> None:
-        """Take ours back, if one that stays says the same: its device may have died before it could verify it."""
-        ours = [copy for copy in copies if copy.mark.device == self._device]
-        for other in copies:
-            stays = other.mark.device != self._device and not other.discarded
-            if ours and stays and await self._delivery.is_same(session, ours[0], other):
-                await self._withdraw(session, ours)
-                return
-
 
 def unreadable_reason(keys: AccountKeys) -> str:
     """Names the keys that could not open it: with others it is tried again."""
@@ -423,13 +370,6 @@ def first_of_each(letters: Iterable[Letter]) -> tuple[list[Letter], list[Letter]
             first.append(letter)
         seen |= names
     return first, repeats
-
-
-def _by_message(copies: Iterable[Copy]) -> dict[str, list[Copy]]:
-    found: dict[str, list[Copy]] = {}
-    for copy in copies:
-        found.setdefault(copy.mark.message, []).append(copy)
-    return found
 
 
 def kept_flags(flags: Sequence[str], *, keywords: bool) -> tuple[str, ...]:
