@@ -97,9 +97,9 @@ class Client:
         return [int(uid) for uid in self.imap.uid("SEARCH", criteria)[1][0].split()]
 
     def fetch(self, folder: str = "INBOX") -> list[bytes]:
-        """The raw messages that are there; one that a watcher takes away meanwhile is left out."""
-        answers = [self.imap.uid("FETCH", str(uid), "(BODY.PEEK[])")[1][0] for uid in self.uids(folder)]
-        return [answer[1] for answer in answers if answer is not None]
+        """The raw messages that are there; one that a watcher takes away meanwhile is left out. Flags may be told in between."""
+        answers = [answer for uid in self.uids(folder) for answer in self.imap.uid("FETCH", str(uid), "(BODY.PEEK[])")[1]]
+        return [answer[1] for answer in answers if isinstance(answer, tuple)]
 
     def messages(self, folder: str = "INBOX") -> list[Message]:
         return [message_from_bytes(raw) for raw in self.fetch(folder)]
