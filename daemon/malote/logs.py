@@ -60,7 +60,7 @@ class Lines:
 
     def flush(self) -> None:
         self._waiting = False
-        with self._lock, suppress(OSError):     # a log that cannot be written does not stop the mail
+        with self._lock, suppress(OSError, ValueError):     # a log that cannot be written, or was closed, does not stop the mail
             lines, self._lines = self._lines, []
             if lines:
                 self._file.write("\n".join(lines) + "\n")

@@ -23,7 +23,7 @@ PASSPHRASE_FILE = click.option("--passphrase-file", type=click.Path(path_type=Pa
                                help="Holds the passphrase of the backup (mode 0600 or 0400) instead of a prompt.")
 
 
-@click.command()
+@click.command(short_help="Write all your keys and all cards to FILE, under a passphrase.")
 @click.argument("file", type=click.Path(path_type=Path, allow_dash=True))
 @PASSPHRASE_FILE
 @click.pass_obj
@@ -79,7 +79,7 @@ class Restored:
     state: str
 
 
-@click.command()
+@click.command(short_help="Take in a backup.")
 @click.argument("file", type=click.Path(path_type=Path, allow_dash=True))
 @click.option("--replace", is_flag=True, help="Let the backup's keys take the place of other keys for the same address.")
 @PASSPHRASE_FILE

@@ -86,7 +86,7 @@ async def _said_while_waiting(title: str, findings: Findings) -> Findings:
     waiting = sys.stderr.isatty() and title.startswith(("sending", "account "))
     while True:
         if waiting:
-            click.echo(f"  ...    {title}", err=True, nl=False)
+            click.echo(f"...      {title}: waiting for the server", err=True, nl=False)
         try:
             finding = await anext(findings, None)
         finally:

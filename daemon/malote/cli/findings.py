@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import ssl
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
@@ -41,7 +42,8 @@ def fault(what: str, error: MaloteError, cure: str = "") -> Finding:
     if isinstance(cause, ssl.SSLCertVerificationError):
         reason = cause.verify_message
     elif isinstance(cause, OSError):
-        reason = cause.strerror or type(cause).__name__
+        number = cause.errno or 0       # getaddrinfo's are negative; asyncio's own text repeats address and port
+        reason = os.strerror(number) if number > 0 else cause.strerror or type(cause).__name__
     if reason and reason not in text:
         text += f" ({reason})"
     return Finding(what, State.FAULT, text, error.hint or cure)

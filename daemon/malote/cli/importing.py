@@ -25,7 +25,7 @@ class Incoming:
     state: str
 
 
-@click.command(name="import")
+@click.command(name="import", short_help="Take in the cards of other people.")
 @click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path, allow_dash=True))
 @click.option("--replace", is_flag=True, help="Take a card although the one held did not sign it. Compare the digits first!")
 @click.option("--json", "as_json", is_flag=True, help="For scripts.")

@@ -78,8 +78,9 @@ def new(settings: Settings, address: str, algorithm: str, as_json: bool) -> None
 
     change_store(settings, make)
     _print([describe(identity.card, own=True)], as_json=as_json, single=True)
-    _say(f"next: malote keys export {identity.address} -o card.txt, and send that to the people you write to",
-         "next: malote keys backup FILE, and keep the file elsewhere: without your keys no sealed mail opens")
+    _say("next: malote keys backup FILE, and keep it elsewhere: without your",
+         "      keys, or without the passphrase, no sealed mail opens",
+         f"next: malote keys export {identity.address} > my.card, for those you write to")
 
 
 @keys.command(name="list")
@@ -99,7 +100,7 @@ async def _descriptions(store: Store) -> list[dict[str, Any]]:
     return own + [describe(held_card(record), record) for record in await store.list_cards() if record.address not in addresses]
 
 
-@keys.command()
+@keys.command(short_help="Show a fingerprint, as digits and as a QR code.")
 @click.argument("address", required=False)
 @JSON
 @click.pass_obj
@@ -123,7 +124,7 @@ def show(settings: Settings, address: str | None, as_json: bool) -> None:
         click.echo(_qr_code(f"MALOTE:{entry['signing_key'].upper()}"))
 
 
-@keys.command()
+@keys.command(short_help="Write a card (your own) as text that can be mailed.")
 @click.argument("address", required=False)
 @click.option("-o", "--output", type=click.Path(path_type=Path, allow_dash=True), help="Write to this file instead of stdout.")
 @click.pass_obj
@@ -187,7 +188,7 @@ def remove(settings: Settings, address: str, identity: bool, yes: bool) -> None:
     _say(f"mail to {wanted} is refused, not sent in clear, until a card is imported or a rule says otherwise")
 
 
-@keys.command()
+@keys.command(short_help="Make a new encryption key; the old ones stay here.")
 @click.argument("address")
 @click.option("--signing", is_flag=True, help="A new signing key too; the old one vouches for it, the fingerprint changes.")
 @JSON
@@ -208,7 +209,7 @@ def rotate(settings: Settings, address: str, signing: bool, as_json: bool) -> No
         return describe(changed.card, own=True)
 
     _print([change_store(settings, change)], as_json=as_json, single=True)
-    _say(f"next: malote keys export {wanted} -o card.txt, and send the new card to the people you write to")
+    _say(f"next: malote keys export {wanted} > my.card, and send it to those you write to")
 
 
 # --- output

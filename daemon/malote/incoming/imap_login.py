@@ -10,6 +10,7 @@ import asyncio
 import base64
 import contextlib
 import ipaddress
+import os
 import socket
 import ssl
 from collections.abc import Awaitable, Callable
@@ -114,7 +115,10 @@ async def _greet(client: MailClient, account: AccountConfig) -> None:
 def _reason(error: Exception) -> str:
     if isinstance(error, ssl.SSLError):
         return "no TLS"
-    return error.strerror or type(error).__name__ if isinstance(error, OSError) else "not a host name"
+    if not isinstance(error, OSError):
+        return "not a host name"
+    # asyncio's own text repeats address and port, and getaddrinfo's numbers are negative
+    return os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror or type(error).__name__
 
 
 def _check_loopback(transport: asyncio.Transport, account: AccountConfig) -> None:
