@@ -308,11 +308,14 @@ def wait_for_visitor(dovecot: Dovecot, lab: Lab, anna: Person, ben: Person, list
     print(f"""
 {BOLD}It keeps running. Try it with your own mail program:{PLAIN}
    send as Anna    SMTP {HOST}:{listen}, no TLS, login {ANNA} / {PASSWORD}
-                   swaks --server {HOST}:{listen} --auth PLAIN --auth-user {ANNA} --auth-password {PASSWORD} \\
-                     --from {ANNA} --to {BEN} --header 'Subject: hello'
-   read as Ben     IMAP localhost:{dovecot.imaps_port}, TLS (certificate {lab.certificate}), login {BEN} / {PASSWORD}
-   command line    {' '.join(MALOTE)} --config {anna.config} keys list        (or {ben.config})
-   logs            {anna.log}  {ben.log}
+                   swaks --server {HOST}:{listen} --auth PLAIN --auth-user {ANNA} \\
+                     --auth-password {PASSWORD} --from {ANNA} --to {BEN}
+   read as Ben     IMAP localhost:{dovecot.imaps_port}, TLS, login {BEN} / {PASSWORD}, the newest:
+                   curl --cacert {lab.certificate} \\
+                     -u {BEN}:{PASSWORD} "imaps://localhost:{dovecot.imaps_port}/INBOX;MAILINDEX=*"
+   malote's own    {sys.executable} -m malote \\
+                     --config {ben.config} log
+   its logs        {anna.log}  {ben.log}
 Ctrl-C ends it and removes everything.""", flush=True)
     try:
         signal.pause()
