@@ -45,6 +45,8 @@ _FOLD = re.compile(r"\r?\n(?=[ \t])")
 _CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")
 _UPPER = {code: code + 32 for code in range(ord("A"), ord("Z") + 1)}
 
+_FORM = "an address is written anna@example.org"
+
 
 def canonical_address(text: str) -> str:
     """The canonical form of an addr-spec (RFC 5321 4.1.2 Mailbox, RFC 6531): no display name, no angle brackets, no white space.
@@ -61,12 +63,12 @@ def _canonical(text: str) -> str:
     if match:
         local, rest = _unquote(match[1]), text[match.end():]
         if not rest.startswith("@"):
-            raise FormatError("address has no domain")
+            raise FormatError("address has no domain", hint=_FORM)
         domain = rest[1:]
     else:
         local, found, domain = text.rpartition("@")
         if not found:
-            raise FormatError("address has no domain")
+            raise FormatError("address has no domain", hint=_FORM)
     return _canonical_local(local, quoted=match is not None) + "@" + canonical_domain(domain)
 
 
