@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from malote.config import LimitsConfig, RuleConfig
-from malote.store import Store
+from malote.store import Store, database
 from outgoing.harness import HOST, Answer, Gateway, Upstream, opened, person, submit, text, upstream_config, verdict
 
 ALICE, BOB, CAROL, DAVE = (person(f"{name}@test.example") for name in ("alice", "bob", "carol", "dave"))
@@ -183,7 +183,8 @@ async def test_the_next_message_names_the_last_one_that_was_accepted(tmp_path: P
     assert (three.serial, three.prev) == (3, 1), "the refused one is no gap"
 
 
-async def test_a_store_that_fails_sends_nothing_and_recovers(tmp_path: Path) -> None:
+async def test_a_store_that_fails_sends_nothing_and_recovers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(database, "BUSY_MS", 50)        # the lock is waited for, but not for five seconds
     async with Upstream() as upstream, gateway(tmp_path, upstream, config={"rules": (RuleConfig(seal="require"),)}) as gw:
         done = await gw.submit(ALICE.address, [BOB.address], text())
         assert done.code == 250

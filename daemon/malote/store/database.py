@@ -155,20 +155,25 @@ def _check_owner(found: os.stat_result, path: Path, mode: int) -> None:
         raise StoreUnavailable("the store can be read by other users", hint=f"chmod {mode:o} {path}")
 
 
-def make_engine(file: Path, *, readonly: bool = False, busy_ms: int = BUSY_MS) -> Engine:
-    """An engine without a pool: its one user keeps one connection. Never creates the file: an empty store in the place of a
-    lost one would hand out serials again."""
+def make_engine(file: Path, *, readonly: bool = False, busy_ms: int | None = None) -> Engine:
+    """An engine without a pool: its one user keeps one connection. `busy_ms` None: BUSY_MS, asked for at each connection.
+
+    Never creates the file: an empty store in the place of a lost one would hand out serials again.
+    """
     uri = f"{file.absolute().as_uri()}?mode={'ro' if readonly else 'rw'}"
+
+    def wait_ms() -> int:
+        return BUSY_MS if busy_ms is None else busy_ms
 
     def connect() -> sqlite3.Connection:
         # isolation_level None: the driver begins no transaction by itself, `begin` below does
-        return sqlite3.connect(uri, uri=True, isolation_level=None, timeout=busy_ms / 1000, cached_statements=200)
+        return sqlite3.connect(uri, uri=True, isolation_level=None, timeout=wait_ms() / 1000, cached_statements=200)
 
     engine = create_engine("sqlite://", creator=connect, poolclass=NullPool)
 
     @event.listens_for(engine, "connect")
     def _set_up(connection: sqlite3.Connection, _record: object) -> None:
-        for pragma in (f"busy_timeout = {busy_ms}", "foreign_keys = ON", "synchronous = FULL", "trusted_schema = OFF",
+        for pragma in (f"busy_timeout = {wait_ms()}", "foreign_keys = ON", "synchronous = FULL", "trusted_schema = OFF",
                        "secure_delete = FAST", "temp_store = MEMORY"):
             connection.execute(f"PRAGMA {pragma}")
         if not readonly and connection.execute("PRAGMA journal_mode").fetchone() != ("wal",):
