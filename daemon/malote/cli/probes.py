@@ -90,7 +90,7 @@ async def keys_probe(store: Store, config: Config) -> Findings:
 def _unlock(header: bytes, records: list[LockedIdentity], config: KeysConfig) -> Finding:
     if config.unlock == "credential" and not os.environ.get("CREDENTIALS_DIRECTORY"):
         return warning("keys", f"not unlocked: the credential {config.credential} exists only inside the service",
-                       f"systemd-run --pipe -p LoadCredential={config.credential}:PATH malote check")
+                       "docs/operating.md, Setting up as a service: as_malote check")
     if config.unlock == "prompt" and not _has_terminal():
         return warning("keys", "not unlocked: there is no terminal to ask for the passphrase on")
     try:
