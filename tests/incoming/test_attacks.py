@@ -407,6 +407,36 @@ async def test_a_losers_copy_that_a_person_files_while_it_looks(box: Box, monkey
 
 # --- many ---
 
+async def test_a_losers_copy_that_a_person_files_as_it_is_taken_back(box: Box, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the loser's look and its withdrawal: it finds nothing there to take back, and comes to it later."""
+    trio = Trio(box)
+    await trio.start((NAMES[0], NAMES[2]))
+    loser, winner = trio.watchers
+    box.client.imap.create("Filed")
+    box.client.put(box.seal(note("two", to=box.user)))
+    won = asyncio.Event()
+    together(monkeypatch, "append_many", 2)
+    at_move = held(monkeypatch, "move", loser, won)
+    losing, winning = asyncio.create_task(loser.run_once()), asyncio.create_task(winner.run_once())
+    await at_move.wait()
+    await winning
+    withdraw = ImapDelivery.withdraw
+
+    async def filed_first(self: ImapDelivery, session: Session, copy: Copy) -> bool:
+        box.client.select()
+        assert box.client.move(copy.uid, "Filed")
+        return await withdraw(self, session, copy)
+
+    monkeypatch.setattr(ImapDelivery, "withdraw", filed_first)
+    won.set()
+    await losing
+    monkeypatch.undo()
+    assert len(box.client.uids("Filed")) == 1, "for the moment"
+    await trio.settle()
+    left = [str(message["Subject"]) for folder in ("INBOX", "Filed") for message in box.client.messages(folder)]
+    assert left == ["two"]
+
+
 @pytest.mark.parametrize("deliver", ["replace", "maildir"])
 async def test_a_flood_of_repeats_is_fetched_once(box: Box, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                                                   deliver: str) -> None:

@@ -76,8 +76,8 @@ class Delivery(Protocol):
         """Whether both are still there and hold the same content."""
         ...
 
-    async def withdraw(self, session: Session, copy: Copy) -> None:
-        """Take a copy of ours back."""
+    async def withdraw(self, session: Session, copy: Copy) -> bool:
+        """Take a copy of ours back. False: it was not there, somebody has just moved it."""
         ...
 
     async def reflag(self, session: Session, source: Folder, parcel: Parcel, flags: Sequence[str]) -> None:
@@ -178,13 +178,17 @@ class ImapDelivery:
             found += [fetched.raw] if fetched is not None else []
         return len(found) == 2 and same_content(*found)
 
-    async def withdraw(self, session: Session, copy: Copy) -> None:
+    async def withdraw(self, session: Session, copy: Copy) -> bool:
         await session.enter(copy.folder)
+        await session.box.noop()        # else a server may still show what another client has moved away
+        if not await session.box.sizes([copy.uid]):
+            return False
         try:
             await session.box.expunge([copy.uid])
         except MailboxError as error:
             if error.code != "NOUIDPLUS":       # then it stays, marked deleted
                 raise
+        return True
 
     async def reflag(self, session: Session, source: Folder, parcel: Parcel, flags: Sequence[str]) -> None:
         if not parcel.copy:

@@ -39,9 +39,10 @@ class Settler:
             found = any(copy.mark.device == self._device for copy in copies)    # else somebody is just moving it
             if not found or decide_after_lost_move(mark, copies, original_is_sealed=digest in sealed, late=late):
                 self._contests.open(mark.message, self._clock())
-            else:
-                await self._withdraw(session, copies)
+            elif await self._withdraw(session, copies):
                 self._foreign.note_settled(digest)
+            else:
+                self._contests.open(mark.message, self._clock())
 
     async def settle(self, session: Session) -> None:
         """Where two devices may each have left a copy and nobody knows who won, one of them takes its own back."""
@@ -74,10 +75,10 @@ class Settler:
                  if is_sealed and len({copy.mark.device for copy in found.get(message, [])}) < 2]
         return found | _by_message(await self._delivery.copies_anywhere(session, filed))
 
-    async def _withdraw(self, session: Session, copies: Iterable[Copy]) -> None:
-        for copy in copies:
-            if copy.mark.device == self._device:
-                await self._delivery.withdraw(session, copy)
+    async def _withdraw(self, session: Session, copies: Iterable[Copy]) -> bool:
+        """Whether all of ours were still where they had been seen."""
+        ours = [copy for copy in copies if copy.mark.device == self._device]
+        return all([await self._delivery.withdraw(session, copy) for copy in ours])
 
 
 def _by_message(copies: Iterable[Copy]) -> dict[str, list[Copy]]:
