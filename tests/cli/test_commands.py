@@ -343,6 +343,22 @@ def test_run_where_something_listens_already(home: Home) -> None:
     assert b"is malote running already?" in done.stderr
 
 
+@pytest.mark.skipif(os.getuid() != 0, reason="becomes another user")
+def test_a_home_that_may_not_be_looked_into(tmp_path: Path) -> None:
+    """Says so; no internal error."""
+    closed = tmp_path / "closed"
+    closed.mkdir(mode=0o700)
+    program = ("import os, sys; from malote.cli.main import main; os.chdir('/'); os.setgroups([]); os.setgid(65534);"
+               "os.setuid(65534); sys.exit(main(sys.argv[1:]))")
+    environment = os.environ | {"HOME": str(closed), "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    environment = {name: value for name, value in environment.items() if not name.startswith("XDG_")}
+    for arguments in (("keys", "list"), ("keys", "new", ANNA), ("init", ANNA)):
+        done = subprocess.run((sys.executable, "-c", "import malote.cli.keys, malote.cli.init; " + program, *arguments),
+                              capture_output=True, env=environment, check=False)
+        assert done.returncode in {ExitCode.CONFIG, ExitCode.STORE}, done.stderr
+        assert b"ermission denied" in done.stderr, arguments
+
+
 def test_version_and_unknown_commands() -> None:
     done = subprocess.run((*MALOTE, "--version"), capture_output=True, check=True)
     assert done.stdout.decode() == f"malote {__version__}\n"

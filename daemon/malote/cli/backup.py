@@ -32,7 +32,7 @@ def backup(settings: Settings, file: Path, passphrase_file: Path | None) -> None
 
     With the file and that passphrase, and nothing else, another machine can open all your mail.
     """
-    if str(file) != "-" and file.exists():
+    if str(file) != "-" and os.path.lexists(file):
         raise KeyRefused(f"{file}: is there already, not overwritten")
 
     async def gather(store: Store) -> bytes:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import click
 
+from malote.cli.settings import check_reachable, is_missing
 from malote.config import load_config
 from malote.core.address import canonical_address
 from malote.errors import ConfigError
@@ -65,7 +66,8 @@ def init(context: click.Context, address: str, smtp: str | None, imap: str | Non
     """
     address = canonical_address(address)
     target = Path(context.obj.config_path)
-    if target.exists():
+    if not is_missing(target):
+        check_reachable(target)
         raise ConfigError(f"{target}: is there already, nothing was written", hint="edit it, or name another file with --config")
     domain = address.rpartition("@")[2]
     smtp = smtp or click.prompt("Mail server for sending", default=f"smtp.{domain}:587", err=True)

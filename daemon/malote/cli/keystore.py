@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
-from malote.cli.settings import Settings
+from malote.cli.settings import Settings, is_missing
 from malote.core.card import Card, parse_card
 from malote.core.identity import Identity
 from malote.core.keyring import KeyringKey, lock_identity
@@ -31,7 +31,7 @@ def now_ms() -> int:
 
 
 def store_exists(settings: Settings) -> bool:
-    return (settings.store_path / FILE_NAME).exists()
+    return not is_missing(settings.store_path / FILE_NAME)
 
 
 def read_store(settings: Settings, operation: Callable[[Store], Awaitable[T]]) -> T:

@@ -10,9 +10,29 @@ from pathlib import Path
 import platformdirs
 
 from malote.config import Config, load_config
+from malote.errors import ConfigError
 
 SYSTEM_CONFIG = Path("/etc/malote/malote.toml")
 SYSTEM_STORE = Path("/var/lib/malote")
+
+
+def is_missing(path: Path) -> bool:
+    """Whether there is nothing of that name. What cannot even be looked at is not missing: whoever opens it says why."""
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return True
+    except OSError:
+        return False
+    return False
+
+
+def check_reachable(path: Path) -> None:
+    """Raises `ConfigError` for a file that this user cannot look at."""
+    try:
+        path.stat()
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be looked at ({error.strerror})", hint="whose home is it? see $HOME") from error
 
 
 @dataclass
@@ -36,7 +56,7 @@ class Settings:
     @cached_property
     def config_or_defaults(self) -> Config:
         """For commands that work before there is a configuration, as `malote keys new` does."""
-        return Config() if not self.named and not self.config_path.exists() else self.config
+        return Config() if not self.named and is_missing(self.config_path) else self.config
 
     @property
     def store_path(self) -> Path:
