@@ -18,7 +18,7 @@ ACCOUNT = {"name": "a", "host": "imap.example.org", "username": "a@example.org",
 
 
 def uncommented() -> dict[str, Any]:
-    lines = [re.sub(r"^# (?=[a-z_]+ = )", "", line) for line in EXAMPLE.read_text().splitlines()]
+    lines = [re.sub(r"^# (?=[a-z_]+ = |\[\[)", "", line) for line in EXAMPLE.read_text().splitlines()]
     return tomllib.loads("\n".join(lines))
 
 
@@ -61,6 +61,12 @@ def test_example_is_at_the_defaults() -> None:
     for name, field in type(account).model_fields.items():
         if not field.is_required():
             assert getattr(account, name) == field.get_default(), name
+
+
+def test_example_can_be_copied_as_it_is() -> None:
+    """What it then asks for is only what has no default."""
+    assert config_faults(load_config(EXAMPLE)) == [
+        "outgoing.upstream.host: must be set to the server that carries your mail on; or set outgoing.enabled = false"]
 
 
 def test_example_explains_every_key() -> None:

@@ -86,7 +86,7 @@ class KeyringKey:
         try:
             primitives.aead_decrypt(key, check, _check_aad(cost, salt))
         except Unreadable:
-            raise KeysLocked(_WRONG) from None
+            raise KeysLocked(_WRONG, hint="try again; nothing was changed. Without the passphrase only a backup helps") from None
         return cls(key, header)
 
     def lock(self, secret: bytes, aad: bytes) -> bytes:
