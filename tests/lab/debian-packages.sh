@@ -16,6 +16,9 @@ need dovecot dovecot-imapd
 need swaks swaks
 need msmtp msmtp
 need mbsync isync
+ls /usr/lib/*/sasl2/libplain.so* >/dev/null 2>&1 || missing="$missing libsasl2-modules"    # how mbsync logs in
+need neomutt neomutt
+[ -x /bin/kill ] || missing="$missing procps"   # ExecReload= of the units
 need curl curl
 need openssl openssl
 need systemd-analyze systemd
