@@ -13,6 +13,7 @@ import os
 import resource
 import signal
 import socket
+import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -48,6 +49,10 @@ EXPIRE_EVERY_SECONDS = 3600.0
 RETRY_KEYS_SECONDS = 60.0
 
 Place = tuple[str, int]     # what a listener listens on: ListenerConfig.place
+
+# How long a thread may keep the loop waiting for the interpreter; Python's 5 ms is three messages' work. Measured with sealing
+# at full load: 5 % more messages.
+SWITCH_SECONDS = 0.001
 
 log = structlog.get_logger("malote.service")
 
@@ -321,4 +326,5 @@ def run(config: Config, config_path: Path | None, store_path: Path, passphrase: 
     os.umask(0o077)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))    # private keys and plain text are in this memory: no core file
     return_large_blocks()
+    sys.setswitchinterval(SWITCH_SECONDS)
     uvloop.run(serve(config, config_path, store_path, passphrase))

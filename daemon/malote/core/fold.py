@@ -33,6 +33,9 @@ _BASE64, _LF, _FINAL = 1, 2, 4      # bits of `kind`; 0 is a literal span
 _BASE64_KINDS = frozenset({1, 3, 5, 7})
 
 
+_MIME_WIDTH = 76        # of the lines that `pybase64.encodebytes` makes (RFC 2045 6.8)
+
+
 @lru_cache(maxsize=64)
 def _line_splitter(width: int) -> struct.Struct:
     return struct.Struct(f"{width}s" * _BLOCK_LINES)
@@ -49,6 +52,9 @@ def base64_lines(data: bytes | memoryview, width: int, line_end: bytes) -> Itera
         position += block
         if position < len(view):
             yield line_end
+    if width == _MIME_WIDTH:
+        yield pybase64.encodebytes(view[position:]).removesuffix(b"\n").replace(b"\n", line_end)
+        return
     rest = pybase64.b64encode(view[position:])
     yield line_end.join([rest[at:at + width] for at in range(0, len(rest), width)])
 

@@ -41,7 +41,7 @@ def _from_address(fields: list[Field]) -> str | None:
 
     No list and no group, even with one member: `"bob@b.example": alice@a.example;` is shown by programs in as many ways.
     """
-    if any(_ODD.search(field.raw) for field in fields):
+    if _ODD.search(b"".join([field.raw for field in fields])):
         return None
     found = values(fields, "from")
     if len(found) != 1 or any(mark in mask(found[0]) for mark in (b",", b";")):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from malote.core.message import (
     MAX_HOPS,
@@ -143,11 +144,19 @@ def _add_received(builder: _Builder, fields: Sequence[Field], ours: bytes) -> No
     if len(theirs) > MAX_HOPS:
         raise MailLoop()
     name = _RECEIVED_NAME.match(ours)
-    own = [ours[name.end():] if name is not None else ours] if ours.strip() else []
-    for value in own + theirs:
-        text = _UNPRINTABLE.sub(b"?", strip_for(value).replace(b"\t", b" ")).decode("ascii")
-        words = [word[:MAX_WORD] for word in text.split(" ") if word]
-        builder.add("Received", words or ["(removed)"])     # an empty one still counts as a hop
+    if ours.strip():
+        builder.add("Received", _own_trace_words(ours[name.end():] if name is not None else ours))
+    for value in theirs:
+        builder.add("Received", _trace_words(value))
+
+
+def _trace_words(value: bytes) -> list[str]:
+    text = _UNPRINTABLE.sub(b"?", strip_for(value).replace(b"\t", b" ")).decode("ascii")
+    words = [word[:MAX_WORD] for word in text.split(" ") if word]
+    return words or ["(removed)"]       # an empty one still counts as a hop
+
+
+_own_trace_words = lru_cache(maxsize=8)(_trace_words)       # the same for all messages of a second
 
 
 def _readable(field_values: Iterable[bytes]) -> list[str]:

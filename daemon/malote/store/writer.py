@@ -11,6 +11,7 @@ import logging
 import queue
 import sqlite3
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
@@ -30,6 +31,9 @@ Operation = Callable[[Db], T]
 MAX_BATCH = 256             # operations in one commit: bounds how long the first waits for the last
 MAX_LAZY = 20_000           # operations nobody waits for, kept while the store is unavailable; then the oldest are dropped
 LAZY_SECONDS = 0.5          # how long such an operation waits for company
+# How long a commit waits for more while several callers are about (PostgreSQL calls it commit_delay and commit_siblings). A
+# lone caller never waits; with ten at once a commit and its fsync are shared by twice as many.
+LINGER_SECONDS = 0.003
 
 log = logging.getLogger("malote.store")
 
@@ -60,6 +64,7 @@ class Writer:
         self._lazy: deque[_Job] = deque(maxlen=MAX_LAZY)
         self._closed = False
         self._failing = False
+        self._company = False       # whether several callers shared the last commit
         self._thread = threading.Thread(target=self._main, name=name, daemon=True)
         self._thread.start()
 
@@ -115,7 +120,9 @@ class Writer:
             if items and all(item is _Signal.NUDGE for item in items):
                 continue        # the first lazy operation after a pause: it waits for company
             going = _Signal.STOP not in items
-            jobs = self._take_lazy() + [item for item in items if isinstance(item, _Job)]
+            waiting = [item for item in items if isinstance(item, _Job)]
+            self._company = len(waiting) > 1
+            jobs = self._take_lazy() + waiting
             writes = [job for job in jobs if job.write]
             reads = [job for job in jobs if not job.write]
             if writes:
@@ -131,6 +138,8 @@ class Writer:
         items: list[_Job | _Signal] = []
         with suppress(queue.Empty):
             items.append(self._queue.get(timeout=LAZY_SECONDS if self._lazy else None))
+            if self._company:
+                time.sleep(LINGER_SECONDS)
             while len(items) < MAX_BATCH:
                 items.append(self._queue.get_nowait())
         return items
