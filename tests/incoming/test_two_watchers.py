@@ -33,17 +33,26 @@ def before(monkeypatch: pytest.MonkeyPatch, watcher: Watcher, method: str, actio
 
 
 async def test_both_at_once(box: Box) -> None:
-    """Thirty messages, two watchers started together; afterwards each message is there once, opened, fresh."""
-    first = await box.watcher(await box.open_store("a"))
-    second = await box.watcher(await box.open_store("b"))
+    """Thirty messages, two watchers started together; when both are at rest each message is there once, opened, fresh.
+
+    Dovecot may let both move one original: then two copies are seen until the contest's time is over, and the original lies
+    twice in Malote/Sealed.
+    """
+    late = [0]
+    clock = lambda: now_ms() + late[0]      # noqa: E731
+    first = await box.watcher(await box.open_store("a"), device=SMALL, clock=clock)
+    second = await box.watcher(await box.open_store("b"), device=LARGE, clock=clock)
     for number in range(30):
         box.client.put(box.seal(note(f"number {number}", to=box.user)))
-    await asyncio.gather(first.run_once(), second.run_once())
-    await asyncio.gather(first.run_once(), second.run_once())
+    for _ in range(4):
+        await asyncio.gather(first.run_once(), second.run_once())
+        late[0] += CONTEST_MS + 1000
     opened = box.client.messages()
     assert Counter(message["Subject"] for message in opened) == {f"number {number}": 1 for number in range(30)}
     assert verdicts(opened) == ["FRESH"] * 30
-    assert len(box.client.uids(SEALED)) == 30
+    originals = Counter(box.client.fetch(SEALED))
+    assert len(originals) == 30
+    assert max(originals.values()) <= 2
     assert box.client.uids(QUARANTINE) == []
 
 
