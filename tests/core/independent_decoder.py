@@ -459,6 +459,7 @@ def canonical(text: str) -> str:
     elif not re.fullmatch(r"[^\x00-\x20()<>\[\]:;@\\,.\"]+(\.[^\x00-\x20()<>\[\]:;@\\,.\"]+)*", local):
         raise ValueError("dot-atom")
     local = re.sub("[A-Z]", lambda c: c[0].lower(), unicodedata.normalize("NFC", local))
+    local = unicodedata.normalize("NFC", local)
     if not re.fullmatch(r"[^\x00-\x20()<>\[\]:;@\\,.\"]+(\.[^\x00-\x20()<>\[\]:;@\\,.\"]+)*", local):
         local = '"' + re.sub(r'(["\\])', r"\\\1", local) + '"'
     domain = domain.lower().removesuffix(".")

@@ -6,7 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from malote.core import address as address_module
 from malote.core.address import (
+    MAX_ROUTES,
     canonical_address,
     canonical_card_address,
     canonical_domain,
@@ -36,6 +38,7 @@ from malote.errors import FormatError
     ("jose\u0301@example.org", "josé@example.org"),                 # NFC
     ("用户@例子.广告", "用户@xn--fsqu00a.xn--4rr70v"),
     ("\u212a@example.org", "k@example.org"),                        # the Kelvin sign is K under NFC
+    ("H\u0331@example.org", "\u1e96@example.org"),                   # composed in lower case only
     ("root@localhost", "root@localhost"),
     ("a@_x.example", "a@_x.example"),
     ("a@[192.0.2.1]", "a@[192.0.2.1]"),
@@ -200,5 +203,21 @@ def test_routes_in_the_local_part(address: str, targets: list[str]) -> None:
 
 
 def test_too_many_routes_are_refused() -> None:
+    routed_addresses("a" + "%b.example" * 10 + "@relay.example")
     with pytest.raises(FormatError):
         routed_addresses("a" + "%b.example" * 11 + "@relay.example")
+
+
+def test_routes_that_lead_nowhere_cost_bounded_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each mark can be read in three ways, and what is left again: nothing but a count of all looks bounds that."""
+    genuine, calls = canonical_address, 0
+
+    def counted(text: str) -> str:
+        nonlocal calls
+        calls += 1
+        return genuine(text)
+
+    monkeypatch.setattr(address_module, "canonical_address", counted)
+    with pytest.raises(FormatError):
+        routed_addresses(genuine('"' + "@%!" * 6 + '"@relay.example'))
+    assert calls <= MAX_ROUTES

@@ -24,7 +24,7 @@ MAX_LOCAL_EXPANDED = 2 * MAX_LOCAL_BYTES
 MAX_DOMAIN_BYTES = 253              # RFC 1035 2.3.4, written without the final dot
 MAX_HEADER_VALUE_BYTES = 1024 * 1024    # 10,000 recipients of 100 bytes; the reader is linear, this bounds what it is given
 MAX_COMMENT_DEPTH = 20
-MAX_ROUTES = 10                     # each is looked up
+MAX_ROUTES = 10                     # ways to read a local part as a route, good or not; each costs a look-up
 # A message's few addresses are read at MAIL or RCPT, for policy, for the outer header and for the manifest, 20 us each time
 _REMEMBERED = 4096                  # values, and only short ones: half a megabyte at most
 _REMEMBERED_CHARACTERS = 128
@@ -96,16 +96,21 @@ def routed_addresses(address: str) -> list[str]:
         return []
     found: list[str] = []
     waiting = [_unquote(local[1:-1]) if local.startswith('"') else local]
+    seen = set(waiting)
+    looks = 0
     while waiting:
         text = waiting.pop()
         for mark in "@%!":
             left, middle, right = text.partition(mark) if mark == "!" else text.rpartition(mark)
             if not middle:
                 continue
-            if len(found) == MAX_ROUTES:
+            looks += 1      # also those that lead nowhere: there are up to three to the power of the marks
+            if looks > MAX_ROUTES:
                 raise FormatError("address has too many routes in its local part")
             person, domain = (right, left) if mark == "!" else (left, right)
-            waiting.append(person)
+            if person not in seen:
+                seen.add(person)
+                waiting.append(person)
             try:
                 found.append(canonical_address(f"{_quoted(person)}@{domain}"))
             except FormatError:     # such as 100%@b.example: no route, or one that leads nowhere
@@ -147,7 +152,8 @@ def _canonical_literal(text: str) -> str:
 def _canonical_local(text: str, *, quoted: bool) -> str:
     if len(text) > MAX_LOCAL_EXPANDED:
         raise FormatError("local part of an address is too long")
-    local = unicodedata.normalize("NFC", text).translate(_UPPER)
+    # NFC first, for the Kelvin sign is K; and again, for h with a macron below is one character and H with it is not
+    local = unicodedata.normalize("NFC", unicodedata.normalize("NFC", text).translate(_UPPER))
     _check_characters(local)
     if len(local.encode()) > MAX_LOCAL_BYTES:
         raise FormatError("local part of an address is too long")
