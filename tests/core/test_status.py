@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from malote.core.address import canonical_address
 from malote.core.freshness import GAP, SERVER_CLOCK, Judgement, Verdict
-from malote.core.message import header_fields, split_header, unfold
+from malote.core.message import LINE_LIMIT, header_fields, split_header, unfold
 from malote.core.status import (
     MAX_SENTENCE,
     carries_status,
@@ -127,6 +128,16 @@ def test_any_sentence(text: str, content: bytes) -> None:
     assert not check_verdict_header(OTHER, field.raw_value, message_hash(content))
     assert not check_verdict_header(KEY, field.raw_value, message_hash(content + b"x"))
     assert check_delivered(KEY, delivered(content, text=text))
+
+
+@pytest.mark.parametrize("local", ["a" * 255, "\u0101" * 127, "\u4e00" * 85, "\U0001f600" * 63, '"' + '\\"' * 255 + '"'])
+def test_the_longest_words_fit(local: str) -> None:
+    """A stranger may have any address: one too long for a line once it is escaped must not keep mail from being delivered."""
+    address = canonical_address(local + "@" + ".".join(["x" * 61] * 4))
+    raw = delivered(text=f"From {address}, who says {address * 3}.")
+    assert max(map(len, raw.split(b"\r\n"))) <= LINE_LIMIT
+    assert check_delivered(KEY, raw)
+    assert raw.count(b"Malote-Verdict: ") == 1
 
 
 def test_controls_are_escaped() -> None:

@@ -18,6 +18,8 @@ from malote.errors import FormatError
 
 _MAC_LABEL = b"MLT1 verdict\0"
 MAX_SENTENCE = 2000         # characters shown in the header; the longest sentence with two addresses of 320 is below 1,200
+MAX_WORD = 900              # bytes of an escaped word of it: fits a line of LINE_LIMIT with what stands around it
+_PIECE = 90                 # characters of a longer one that stay together: ten bytes each at most
 
 # A field of ours at the start of a line of the header. As readers do, also with space or a fold before the colon (RFC 5322 4.5),
 # in any case, and after a bare CR, which some readers take for a line end.
@@ -204,6 +206,17 @@ def _joint(content: Bytes) -> bytes:
 
 
 def _escape(text: str) -> str:
-    """One line of printable ASCII: what else there is, quotes and backslashes as `\\u{hex}`."""
-    text = " ".join(text.split())[:MAX_SENTENCE]
+    """One line of printable ASCII: what else there is, quotes and backslashes as `\\u{hex}`; words that fit no line in pieces."""
+    words = " ".join(text.split())[:MAX_SENTENCE].split(" ")
+    return " ".join(piece for word in words for piece in _escaped_word(word))
+
+
+def _escaped_word(word: str) -> list[str]:
+    escaped = _escaped(word)
+    if len(escaped) <= MAX_WORD:
+        return [escaped]
+    return [_escaped(word[at:at + _PIECE]) for at in range(0, len(word), _PIECE)]
+
+
+def _escaped(text: str) -> str:
     return _UNSAFE.sub(lambda hit: f"\\u{{{ord(hit.group()):x}}}", text)
