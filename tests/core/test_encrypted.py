@@ -153,6 +153,8 @@ def test_ours() -> None:
     assert decide_encrypted(sealed()) == "malote"
     assert decide_encrypted(b"Received: from a by b;\r\n today\r\n" + sealed()) == "malote"
     assert decide_encrypted(bytearray(sealed())) == "malote"
+    thread = b"In-Reply-To: <b@a.example>\r\nReferences: <a@a.example>\r\n <b@a.example>\r\nAuto-Submitted: auto-replied\r\n"
+    assert decide_encrypted(thread + sealed()) == "malote"
     assert decide_encrypted(seal_for(message(), [recipient(person("bob"), "bcc")], show_key_ids=False).raw) == "malote"
 
 
@@ -163,6 +165,16 @@ def test_ours() -> None:
     lambda raw: raw.replace(b"From: alice@a.example", b"From: Readable <alice@a.example>"),
     lambda raw: raw.replace(b"To: bob@b.example", b"To: bob@b.example (readable)"),
     lambda raw: b"X-Readable: text\r\n" + raw,
+    # in the value of a field that may be there
+    lambda raw: raw.replace(b"MIME-Version: 1.0", b"MIME-Version: 1.0 (readable)"),
+    lambda raw: raw.replace(b"MIME-Version: 1.0", b"MIME-Version: 1.0\r\n readable"),
+    lambda raw: raw.replace(b"Malote: 1", b"Malote: readable"),
+    lambda raw: raw.replace(b"Malote: 1", b"Malote: 1\r\nMalote: 1"),
+    lambda raw: raw.replace(b"Date: Mon", b"Date: Readable"),
+    lambda raw: raw.replace(b"Message-ID: <", b"Message-ID: readable <"),
+    lambda raw: b"In-Reply-To: readable words\r\n" + raw,
+    lambda raw: b"References: <one@a.example> readable <two@a.example>\r\n" + raw,
+    lambda raw: b"Auto-Submitted: auto-replied; note=readable\r\n" + raw,
     lambda raw: b"Bcc: x@y.example\r\n" + raw,
     lambda raw: raw.replace(b"This message is sealed.", b"This message is read  "),
     lambda raw: raw.replace(b"\r\n\r\n--=_mlt_", b"\r\n\r\nReadable\r\n--=_mlt_", 1),

@@ -48,10 +48,16 @@ _WHITE = b" \t\r\n"
 _CMS_ENCRYPTED = (bytes.fromhex("06092a864886f70d010703"), bytes.fromhex("060b2a864886f70d0109100117"))
 _CMS_HEAD = 48              # base64 characters that hold SEQUENCE, its length and either OID: 9 + 13 bytes
 
-_OUTER_NAMES = frozenset({
-    "received", "from", "to", "cc", "subject", "date", "message-id", "in-reply-to", "references", "auto-submitted", "malote",
-    "mime-version", "content-type",
-})
+_ID = rb"<[!-;=?A-~]+@[!-;=?-~]+>"
+# What the fields of an outer header say (docs/format.md 4.3). From, To, Cc are read as addresses, Received is the servers' text.
+_OUTER_VALUES = {
+    "subject": re.compile(re.escape(SUBJECT.encode("ascii"))), "malote": re.compile(rb"1"), "mime-version": re.compile(rb"1\.0"),
+    "date": re.compile(rb"[A-Z][a-z]{2}, \d\d [A-Z][a-z]{2} \d{4} \d\d:\d\d:\d\d \+0000"), "message-id": re.compile(_ID),
+    "in-reply-to": re.compile(rb"%b(?: %b)*" % (_ID, _ID)), "references": re.compile(rb"%b(?: %b)*" % (_ID, _ID)),
+    "auto-submitted": re.compile(rb"no|auto-(?:generated|replied|notified)"), "content-type": re.compile(rb".*"),
+}
+_OUTER_ADDRESSES = ("from", "to", "cc")
+_OUTER_REQUIRED = frozenset({"from", "subject", "date", "message-id", "mime-version", "content-type", "malote"})
 _MLT_TYPE = re.compile(rb'multipart/mixed; boundary="(=_mlt_[A-Za-z0-9_-]{22})"')
 
 
@@ -244,14 +250,18 @@ def _is_malote(raw: bytes, fields: list[Field], body: int) -> bool:
 
 
 def _is_outer(fields: list[Field]) -> bool:
-    """Only fields that outer headers have, with nothing more in them: no subject, no display name."""
-    if any(field.name not in _OUTER_NAMES for field in fields) or values(fields, "subject") != [SUBJECT.encode("ascii")]:
+    """Only fields that outer headers have, each once, with nothing more in them: no subject, no display name, no words."""
+    names = [field.name for field in fields if field.name != "received"]
+    if len(set(names)) != len(names) or not _OUTER_REQUIRED.issubset(names):
         return False
+    return all(_is_outer_value(field.name, unfold(field.raw_value)) for field in fields if field.name != "received")
+
+
+def _is_outer_value(name: str, value: bytes) -> bool:
+    if name not in _OUTER_ADDRESSES:
+        return name in _OUTER_VALUES and _OUTER_VALUES[name].fullmatch(value) is not None
     try:
-        return all(
-            ", ".join(parse_mailboxes(unfold(field.raw_value))).encode() == unfold(field.raw_value)
-            for field in fields if field.name in ("from", "to", "cc")
-        )
+        return ", ".join(parse_mailboxes(value)).encode() == value
     except FormatError:
         return False
 
