@@ -10,10 +10,17 @@ from typing import Any
 import pytest
 
 from lab.envelope import (
+    ALICE,
+    BOB,
+    CAROL,
+    MALLORY,
     NOW_MS,
     Envelope,
+    keys_of,
+    loose_parts,
     message,
     open_as,
+    parts_of,
     person,
     recipient,
     refused,
@@ -25,10 +32,8 @@ from malote.core import blob, payload
 from malote.core.keys import SignatureAlgorithm
 from malote.core.manifest import belongs_to
 from malote.core.open import MAX_TRIALS, authenticate, unseal
-from malote.core.parts import FoundKeyBlob, FoundParts, FoundPayload, find_parts
+from malote.core.parts import FoundKeyBlob, FoundParts, FoundPayload
 from malote.errors import SenderRefused, Unreadable
-
-ALICE, BOB, CAROL, MALLORY = map(person, ("alice", "bob", "carol", "mallory"))
 
 
 def test_blob_transplant_is_refused() -> None:
@@ -182,8 +187,7 @@ def test_gateway_key_opens_for_a_person_of_its_domain() -> None:
 
 
 def test_one_key_under_two_addresses() -> None:
-    found = find_parts(seal_for(message(), [recipient(BOB)]).raw)
-    assert found is not None
+    found = parts_of(seal_for(message(), [recipient(BOB)]).raw)
     key = BOB.decryption[0]
     for addresses in (("alias@b.example", BOB.address), (BOB.address, "alias@b.example")):
         unsealed = unseal(found, [(address, key) for address in addresses])
@@ -210,7 +214,7 @@ def test_trials_are_counted_and_bounded(monkeypatch: pytest.MonkeyPatch) -> None
     garbage = [
         FoundKeyBlob(blob.serialize_key_blob(eid, b"\1\4\xa8" + bytes([n]) * 1192), "", False) for n in range(150)
     ]
-    keys = [(who.address, who.decryption[0]) for who in (CAROL, MALLORY, person("dave"), BOB)]
+    keys = keys_of(CAROL, MALLORY, person("dave"), BOB)
     found = FoundParts(tuple(garbage), (FoundPayload(sealed, False),) * 8, 0, ())
     with pytest.raises(Unreadable) as caught:
         unseal(found, keys)
@@ -221,7 +225,7 @@ def test_trials_are_counted_and_bounded(monkeypatch: pytest.MonkeyPatch) -> None
     hinted = FoundParts((*garbage, ours), (FoundPayload(sealed, False),), 0, ())
     assert authenticate(unseal(hinted, keys), ALICE.card).addressed
     assert calls == 1, "the hint finds our blob at once"
-    wrong = FoundParts((FoundKeyBlob(envelope.parts[0][1], "00" * 8, False),), (FoundPayload(sealed, False),), 0, ())
+    wrong = loose_parts(sealed, envelope.parts[0][1], kid="00" * 8)
     assert authenticate(unseal(wrong, keys), ALICE.card).addressed, "a wrong hint only costs trials"
 
 
@@ -231,9 +235,8 @@ def test_blobs_of_another_size_are_never_tried(length: int, monkeypatch: pytest.
     monkeypatch.setattr("malote.core.keys.DecryptionKey.unwrap", lambda *_: pytest.fail("tried"))
     envelope = Envelope(message()).add(BOB)
     raw = blob.serialize_key_blob(envelope.header.eid, b"\1" + length.to_bytes(2, "big") + bytes(length))
-    found = FoundParts((FoundKeyBlob(raw, "", False),), (FoundPayload(envelope.payload(), False),), 0, ())
     with pytest.raises(Unreadable):
-        unseal(found, [(BOB.address, BOB.decryption[0])])
+        unseal(loose_parts(envelope.payload(), raw), keys_of(BOB))
 
 
 def test_a_damaged_or_newer_blob_does_not_hide_ours() -> None:
@@ -246,12 +249,9 @@ def test_a_damaged_or_newer_blob_does_not_hide_ours() -> None:
 
 def test_several_sealed_parts_the_first_that_opens_counts() -> None:
     mine, other = Envelope(message("mine")).add(BOB), Envelope(message("other")).add(CAROL)
-    found = find_parts(mine.raw())
-    foreign = find_parts(other.raw())
-    assert found is not None
-    assert foreign is not None
+    found, foreign = parts_of(mine.raw()), parts_of(other.raw())
     both = FoundParts(foreign.blobs + found.blobs, foreign.payloads + found.payloads, 0, ())
-    assert authenticate(unseal(both, [(BOB.address, BOB.decryption[0])]), ALICE.card).original == message("mine")
+    assert authenticate(unseal(both, keys_of(BOB)), ALICE.card).original == message("mine")
 
 
 def test_memory_for_a_large_message() -> None:
@@ -269,5 +269,3 @@ def test_memory_for_a_large_message() -> None:
         tracemalloc.stop()
         assert sealing <= 4 * len(original)
         assert opening <= 4 * len(raw)
-
-

@@ -11,11 +11,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lab.envelope import (
+    ALICE,
+    BOB,
+    CAROL,
     STREAM,
     Envelope,
+    keys_of,
+    loose_parts,
     message,
     open_as,
-    person,
+    parts_of,
     recipient,
     refused,
     seal_for,
@@ -24,11 +29,9 @@ from malote.core import blob, payload
 from malote.core import open as opening
 from malote.core.manifest import parse_manifest, serialize_manifest
 from malote.core.open import authenticate, unseal
-from malote.core.parts import FoundKeyBlob, FoundParts, FoundPayload, find_parts
+from malote.core.parts import find_parts
 from malote.core.seal import SealRecipient
 from malote.errors import Unreadable
-
-ALICE, BOB, CAROL, MALLORY = map(person, ("alice", "bob", "carol", "mallory"))
 
 
 def test_truncated_extended_and_reordered_payloads_are_refused() -> None:
@@ -157,10 +160,9 @@ def test_a_compressed_bomb_is_not_written_out(encoding: str, monkeypatch: pytest
 
 
 def test_a_limit_on_the_size_of_the_original() -> None:
-    found = find_parts(seal_for(message(), [recipient(BOB)]).raw)
-    assert found is not None
+    found = parts_of(seal_for(message(), [recipient(BOB)]).raw)
     with pytest.raises(Unreadable) as caught:
-        unseal(found, [(BOB.address, BOB.decryption[0])], max_original_bytes=10)
+        unseal(found, keys_of(BOB), max_original_bytes=10)
     assert caught.value.reason.startswith("over limit")
 
 
@@ -226,7 +228,7 @@ def flips_change_nothing(raw: bytes, positions: range, bit: int) -> int:
             if found is None:
                 refusals += 1
                 continue
-            opened = authenticate(unseal(found, [(BOB.address, BOB.decryption[0])]), ALICE.card)
+            opened = authenticate(unseal(found, keys_of(BOB)), ALICE.card)
         except Unreadable:
             refusals += 1
             continue
@@ -246,9 +248,8 @@ def test_bit_flips_in_the_sealed_part_are_refused(position: int) -> None:
     envelope = Envelope(message()).add(BOB)
     sealed = bytearray(envelope.payload())
     sealed[position] ^= 0x10
-    found = FoundParts((FoundKeyBlob(envelope.parts[0][1], "", False),), (FoundPayload(bytes(sealed), False),), 0, ())
     with pytest.raises(Unreadable):
-        unseal(found, [(BOB.address, BOB.decryption[0])])
+        unseal(loose_parts(bytes(sealed), envelope.parts[0][1]), keys_of(BOB))
 
 
 def test_bit_flips_in_the_key_blob_are_refused() -> None:
@@ -257,9 +258,8 @@ def test_bit_flips_in_the_key_blob_are_refused() -> None:
     for position in [*range(40), *range(40, len(part), 61)]:
         damaged = bytearray(part)
         damaged[position] ^= 1
-        found = FoundParts((FoundKeyBlob(bytes(damaged), "", False),), (FoundPayload(sealed, False),), 0, ())
         with pytest.raises(Unreadable):
-            unseal(found, [(BOB.address, BOB.decryption[0])])
+            unseal(loose_parts(sealed, bytes(damaged)), keys_of(BOB))
 
 
 @pytest.mark.long
@@ -267,5 +267,3 @@ def test_every_bit_flip_is_refused_or_changes_nothing() -> None:
     raw = seal_for(message(), [recipient(BOB)]).raw
     for bit in range(8):
         flips_change_nothing(raw, range(len(raw)), bit)
-
-

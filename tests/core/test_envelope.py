@@ -10,6 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lab.envelope import (
+    BOB,
+    CAROL,
+    MALLORY,
     NOW_MS,
     STREAM,
     Envelope,
@@ -31,9 +34,6 @@ from malote.core.outer import OuterHeaders
 from malote.core.parts import find_parts
 from malote.core.seal import NOTE
 from malote.errors import FormatError
-
-ALICE, BOB, CAROL, MALLORY = map(person, ("alice", "bob", "carol", "mallory"))
-
 
 # --- round trip
 

@@ -14,13 +14,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lab.envelope import Envelope, message, open_as, person, recipient, seal_for, unseal_as, wrap
+from lab.envelope import ALICE, BOB, CAROL, Envelope, message, open_as, recipient, seal_for, unseal_as, wrap
 from malote.core import parts
 from malote.core.open import authenticate, unseal
 from malote.core.parts import MAX_FALSE_BOUNDARIES, MAX_PARTS, find_parts, looks_sealed
 from malote.errors import Unreadable
-
-ALICE, BOB, CAROL = map(person, ("alice", "bob", "carol"))
 
 
 @lru_cache

@@ -12,10 +12,10 @@ import pytest
 from malote.core import blob, payload, primitives
 from malote.core.card import Card
 from malote.core.identity import Identity, new_identity
-from malote.core.keys import SignatureAlgorithm
+from malote.core.keys import DecryptionKey, SignatureAlgorithm
 from malote.core.open import Opened, Unsealed, authenticate, unseal
 from malote.core.outer import OuterHeaders, outer_headers
-from malote.core.parts import find_parts
+from malote.core.parts import FoundKeyBlob, FoundParts, FoundPayload, find_parts
 from malote.core.seal import SealedMessage, SealRecipient, _outer_message, seal
 from malote.errors import Unreadable
 
@@ -30,6 +30,9 @@ FRAME = ("From: Alice <alice@a.example>\r\nTo: bob@b.example\r\nCc: carol@c.exam
 def person(name: str, algorithm: SignatureAlgorithm = SignatureAlgorithm.ED25519) -> Identity:
     """`alice` is alice@a.example, and so on; "@a.example" is that domain's gateway. The same keys throughout one run."""
     return new_identity(name if "@" in name else f"{name}@{name[0]}.example", algorithm, NOW_MS)
+
+
+ALICE, BOB, CAROL, MALLORY = map(person, ("alice", "bob", "carol", "mallory"))
 
 
 def message(text: str = "hello, this is the secret text\r\n", sender: str = "Alice <alice@a.example>") -> bytes:
@@ -48,24 +51,38 @@ def seal_for(
     original: bytes, recipients: Sequence[SealRecipient], sender: Identity | None = None, **options: Any
 ) -> SealedMessage:
     defaults: dict[str, Any] = {"submission_id": SUBMISSION, "sent_at_ms": NOW_MS, "outer": outer()}
-    return seal(original, identity=sender or person("alice"), recipients=recipients, **(defaults | options))
+    return seal(original, identity=sender or ALICE, recipients=recipients, **(defaults | options))
 
 
 def unseal_as(raw: bytes, *identities: Identity) -> Unsealed:
+    return unseal(parts_of(raw), keys_of(*identities))
+
+
+def keys_of(*identities: Identity) -> list[tuple[str, DecryptionKey]]:
+    """What `unseal` tries."""
+    return [(identity.address, key) for identity in identities for key in identity.decryption]
+
+
+def parts_of(raw: bytes) -> FoundParts:
     found = find_parts(raw)
     assert found is not None, "nothing sealed found"
-    return unseal(found, [(identity.address, key) for identity in identities for key in identity.decryption])
+    return found
+
+
+def loose_parts(sealed: bytes, *blobs: bytes, kid: str = "") -> FoundParts:
+    """A sealed part and key blobs as if they had been found, without the message around them."""
+    return FoundParts(tuple(FoundKeyBlob(each, kid, False) for each in blobs), (FoundPayload(sealed, False),), 0, ())
 
 
 def open_as(raw: bytes, identity: Identity, card: Card | None = None) -> Opened:
     """Open with the identity's keys and, unless another is given, Alice's card."""
-    return authenticate(unseal_as(raw, identity), card or person("alice").card)
+    return authenticate(unseal_as(raw, identity), card or ALICE.card)
 
 
 def refused(raw: bytes, who: Identity | None = None) -> str:
     """Why Bob (or `who`) cannot open it. Whatever the reason, the text for people is the same."""
     with pytest.raises(Unreadable, match=r"^cannot be opened \(no matching key, or damaged\)$") as caught:
-        unseal_as(raw, who or person("bob"))
+        unseal_as(raw, who or BOB)
     return caught.value.reason
 
 
@@ -76,7 +93,7 @@ class Envelope:
     """
 
     def __init__(self, original: bytes, sender: Identity | None = None, cek: bytes | None = None) -> None:
-        self.sender = sender or person("alice")
+        self.sender = sender or ALICE
         self.cek = cek or primitives.random_bytes(32)
         self.header, self.keys = payload.new_header(self.cek)
         self.parts: list[tuple[str, bytes]] = []    # kid, key-blob part
