@@ -87,14 +87,9 @@ def decide_recipient(
 
 
 def decide_level(rule: RuleConfig, *, card: bool, had_card: bool, control: Control | None, reply: bool = False) -> Level:
-    """The joined and capped level. Never below `floor_of(rule)`, never above `ceiling_of(rule, control)`."""
+    """The joined and capped level: the rule's own is the floor, as joining only adds; never above `ceiling_of(rule, control)`."""
     joined = _max(rule.seal, Level.REQUIRE if card or had_card or reply or control == "yes" else Level.NEVER)
-    return _min(_max(joined, floor_of(rule)), ceiling_of(rule, control))
-
-
-def floor_of(rule: RuleConfig) -> Level:
-    """What no user, header or history can go below. `allow_no` is the administrator's word that a user may."""
-    return Level.NEVER if rule.allow_no else rule.seal
+    return _min(joined, ceiling_of(rule, control))
 
 
 def ceiling_of(rule: RuleConfig, control: Control | None) -> Level:
@@ -106,7 +101,8 @@ def ceiling_of(rule: RuleConfig, control: Control | None) -> Level:
 def decide_envelope(
     rules: Sequence[RuleConfig], sender: str, recipient: str, *, card: bool, had_card: bool,
 ) -> Decision | None:
-    """The refusal that RCPT already gets: nothing that the content may say could change it. None: wait for the content."""
+    """The refusal that RCPT already gets, as no content could change it: but for our own format, which only a rule with
+    `accept_encrypted` lets pass where there is no card. None: wait for the content."""
     decision = decide_recipient(rules, sender, recipient, card=card, had_card=had_card)
     if decision.action is not Action.REFUSE:
         return None
