@@ -236,7 +236,7 @@ def _is_malote(raw: bytes, fields: list[Field], body: int) -> bool:
         found = parts.find_parts(raw)
     except Unreadable:
         return False
-    if found is None or found.damaged or len(found.payloads) != 1 or not found.blobs or found.forwarded:
+    if found is None or len(found.payloads) != 1 or not found.blobs:    # whatever else there is, `_is_written` sees
         return False
     payload = found.payloads[0].raw
     try:
