@@ -31,7 +31,7 @@ from lab.envelope import (
 from malote.core import blob, payload
 from malote.core.keys import SignatureAlgorithm
 from malote.core.manifest import belongs_to
-from malote.core.open import MAX_TRIALS, authenticate, unseal
+from malote.core.open import MAX_PAYLOADS, MAX_TRIALS, authenticate, unseal
 from malote.core.parts import FoundKeyBlob, FoundParts, FoundPayload
 from malote.errors import SenderRefused, Unreadable
 
@@ -89,6 +89,16 @@ def test_a_forged_blob_on_the_genuine_bytes_is_remembered_apart() -> None:
     assert claim.payload_key != his.payload_key == his.payload_digest
 
 
+def test_a_listed_blob_of_another_session_key_does_not_stand_in() -> None:
+    """The blob that opens is not listed, and the listed one holds another session key: not addressed, with neither's number."""
+    genuine = Envelope(message()).add(BOB, serial=8, cek=bytes(32))
+    forger = Envelope(b"", cek=genuine.cek)
+    forger.header = genuine.header
+    forger.add(BOB, serial=9)
+    opened = open_as(wrap(forger.parts + genuine.parts, genuine.payload()), BOB)
+    assert (opened.addressed, opened.unsealed.serial) == (False, 9)
+
+
 def test_session_key_equivocation_is_refused() -> None:
     """Two recipients cannot be given two keys for one payload: the header commits to one."""
     envelope = Envelope(message())
@@ -119,6 +129,13 @@ def test_signature_covers_header_and_manifest() -> None:
     other.signature = ALICE.signing.sign(payload.signature_input(other.header, manifest))
     other.members["sent"] += 1
     assert open_as(other.raw(), BOB).signature == "bad"
+
+
+def test_the_key_that_signed_is_the_key_that_is_named() -> None:
+    """Numbers are remembered under the named key: a good signature does not make up for another name."""
+    envelope = Envelope(message()).add(BOB)
+    envelope.members["skid"] = MALLORY.signing.public.id.hex()
+    assert open_as(envelope.raw(), BOB).signature == "bad"
 
 
 def test_unknown_revoked_and_expired_senders() -> None:
@@ -252,6 +269,19 @@ def test_several_sealed_parts_the_first_that_opens_counts() -> None:
     found, foreign = parts_of(mine.raw()), parts_of(other.raw())
     both = FoundParts(foreign.blobs + found.blobs, foreign.payloads + found.payloads, 0, ())
     assert authenticate(unseal(both, keys_of(BOB)), ALICE.card).original == message("mine")
+
+
+def test_sealed_parts_tried_are_bounded() -> None:
+    """The eighth is looked at, the ninth is not, whoever could open it."""
+    mine = parts_of(Envelope(message()).add(BOB).raw())
+    other = parts_of(Envelope(message("other")).add(CAROL).raw())
+    for before in (MAX_PAYLOADS - 1, MAX_PAYLOADS):
+        found = FoundParts(mine.blobs, other.payloads * before + mine.payloads, 0, ())
+        if before < MAX_PAYLOADS:
+            assert authenticate(unseal(found, keys_of(BOB)), ALICE.card).addressed
+        else:
+            with pytest.raises(Unreadable):
+                unseal(found, keys_of(BOB))
 
 
 def test_memory_for_a_large_message() -> None:

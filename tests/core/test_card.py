@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import contextlib
 import email.policy
 import quopri
 import struct
@@ -17,7 +19,7 @@ from hypothesis import strategies as st
 from malote.core import strict_json
 from malote.core.armor import armored
 from malote.core.card import MAGIC, Card, CardKey, armor, check_succession, make_card, parse_armored, parse_card
-from malote.core.identity import KEY_LIFETIME_MS, new_identity, rotate
+from malote.core.identity import KEY_LIFETIME_MS, Identity, new_identity, rotate
 from malote.core.keys import DecryptionKey, SignatureAlgorithm, SigningKey
 from malote.core.primitives import VERSION_SUITE
 from malote.errors import FormatError, KeyMissing, KeyRefused
@@ -219,6 +221,20 @@ def test_refused_successions() -> None:
         check_succession(BERT.card, stranger.card)
     assert BERT.card.fingerprint in str(caught.value)
     assert stranger.card.fingerprint in str(caught.value)
+
+
+@pytest.mark.parametrize(("named", "accepted"), [(BERT, True), (ANNA, False)])
+def test_a_countersignature_is_by_the_key_that_the_card_names(named: Identity, accepted: bool) -> None:
+    """Good by the key held, which must be the one that the card says came before it."""
+    key = SigningKey.generate(SignatureAlgorithm.ED25519)
+    members = members_of(rotate(BERT, NOW_MS + 1).card) | {
+        "prev": named.signing.public.id.hex(), "sig": {"alg": "ed25519", "pk": base64.b64encode(key.public.raw).decode()},
+    }
+    content = strict_json.dumps(members)
+    body = MAGIC + VERSION_SUITE + struct.pack(">I", len(content)) + content
+    card = parse_card(sign(members, key, BERT.signing.sign(b"MLT1 card succession\0" + body)))
+    with contextlib.nullcontext() if accepted else pytest.raises(KeyRefused):
+        check_succession(BERT.card, card)
 
 
 def test_an_old_card_of_the_new_key_does_not_come_back() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import struct
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -29,6 +30,20 @@ def lines(data: bytes, width: int, line_end: bytes) -> bytes:
 def test_lines_are_those_of_the_plain_encoder(size: int, width: int, line_end: bytes) -> None:
     data = bytes(n * 7 % 251 for n in range(size))
     assert b"".join(base64_lines(data, width, line_end)) == lines(data, width, line_end)
+
+
+def test_what_does_not_unfold_to_the_same_is_not_folded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever finds the bodies may be wrong: the comparison at the end may not."""
+    original = HEADER + lines(bytes(3000), 76, b"\r\n") + b"\r\n"
+    genuine = module._fold_body
+    assert fold(original) is not None
+
+    def wrong(*arguments: Any) -> Any:
+        span, binary = genuine(*arguments) or (b"", [])
+        return span, [binary[0][:-1] + b"\1"]
+
+    monkeypatch.setattr(module, "_fold_body", wrong)
+    assert fold(original) is None
 
 
 @pytest.mark.parametrize("width", [60, 64, 72, 76, 252])

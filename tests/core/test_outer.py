@@ -151,6 +151,12 @@ def test_addresses_beyond_ascii() -> None:
     assert utf8.raw.decode("utf-8")
 
 
+def test_addresses_that_no_header_may_hold_are_left_out() -> None:
+    """A private-use character is a valid local part, and shows as anything: its owner is told nothing to the others."""
+    found = outer("From: a@a.example\r\nTo: x\ue000@b.example, bob@b.example\r\n\r\n".encode())
+    assert (value(found, "To"), found.raw.isascii()) == ("bob@b.example", True)
+
+
 def test_many_recipients_are_folded() -> None:
     """A thousand recipients: no line above 78, each address whole, none lost."""
     addresses = [f"recipient-number-{number}@example.org" for number in range(1000)] + ['"with space"@example.org']

@@ -112,6 +112,13 @@ def test_whole_changes_fail(change: object) -> None:
     assert not check_delivered(KEY, change(delivered()))
 
 
+def test_no_second_status_below_ours() -> None:
+    """Not even under our own mac: what we deliver was stripped, so we never wrote such a message."""
+    for field in (b"Malote-Verdict: FRESH\r\n", b"Malote-Seal: no\r\n", f"Authentication-Results: {ID}; x=pass\r\n".encode()):
+        assert not check_delivered(KEY, delivered(field + CONTENT))
+    assert check_delivered(KEY, delivered(b"Authentication-Results: elsewhere; x=pass\r\n" + CONTENT))
+
+
 def test_a_verdict_belongs_to_its_message() -> None:
     """The headers of one message do not make another one look good."""
     headers = make_headers(KEY, ID, JUDGEMENT, TEXT, MARK, CONTENT, TRACE)
