@@ -22,7 +22,7 @@ from lab.servers import PASSWORD, Dovecot, Lab
 from malote.config import AccountConfig, LogConfig
 from malote.core.identity import Identity, new_identity
 from malote.core.keys import SignatureAlgorithm
-from malote.core.open import Opened, authenticate, unseal
+from malote.core.open import Opened, Unsealed, authenticate, unseal
 from malote.core.outer import outer_headers
 from malote.core.parts import find_parts
 from malote.core.primitives import random_bytes, sha256
@@ -44,6 +44,14 @@ DEVICE = "0123456789abcdef"
 class Mail:
     raw: bytes
     opened: Opened
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """Stands for the parts that were found."""
+
+    unsealed: Unsealed
+    forwarded: bool = False
 
 
 def make_mail(sender: Identity, reader: Identity, now_ms: int) -> list[Mail]:
@@ -69,12 +77,11 @@ def make_mail(sender: Identity, reader: Identity, now_ms: int) -> list[Mail]:
 @contextmanager
 def identity_instead_of_opening(mail: Sequence[Mail]) -> Iterator[None]:
     """What decryption and signature would give is looked up by the bytes of the message."""
-    answers = {sha256(each.raw): each.opened for each in mail}
+    answers = {sha256(each.raw): Answer(each.opened.unsealed) for each in mail}
     by_digest = {each.opened.unsealed.payload_digest: each.opened for each in mail}
     with ExitStack() as stack:
         for name, replacement in {
             "find_parts": lambda raw: answers[sha256(raw)],
-            "_passed_on": lambda found: False,
             "unseal": lambda found, keys: found.unsealed,
             "authenticate": lambda unsealed, card: by_digest[unsealed.payload_digest],
         }.items():

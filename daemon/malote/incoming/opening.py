@@ -16,7 +16,7 @@ from malote.core import status
 from malote.core.address import domain_of
 from malote.core.card import Card, parse_card
 from malote.core.open import Opened, Unsealed, authenticate, unseal
-from malote.core.parts import FoundParts, find_parts
+from malote.core.parts import find_parts
 from malote.errors import Unreadable
 from malote.incoming.account import AccountKeys, Mark, mark_of
 from malote.incoming.mailbox import Fetched
@@ -102,15 +102,10 @@ def examine(letter: Letter, keys: AccountKeys) -> None:
         letter.kind, letter.mark = (Kind.OURS, mark_of(raw)) if ours else (Kind.FORGED, None)
         return
     found = find_parts(raw)
-    if found is None or _passed_on(found):
+    if found is None or found.forwarded:    # sent to somebody and passed on: not opened as this message's content
         return
     letter.unsealed = unseal(found, keys.pairs)
     letter.kind = Kind.SEALED
-
-
-def _passed_on(found: FoundParts) -> bool:
-    """Everything of ours lies in an attached message: it was sent to somebody, and is not opened as this one's content."""
-    return not found.damaged and all(blob.forwarded for blob in found.blobs) and all(part.forwarded for part in found.payloads)
 
 
 def _prove(letter: Letter, cards: Mapping[str, Card]) -> None:
