@@ -14,10 +14,10 @@ import structlog
 from lab.incoming import QUARANTINE, SEALED, Box, note, verdicts
 from lab.servers import PASSWORD, Lab
 from malote.core.identity import rotate
-from malote.errors import ConfigError, KeyMissing, MailboxError, StoreUnavailable
+from malote.errors import ConfigError, KeyMissing, MailboxError, MailboxLost, StoreUnavailable
 from malote.incoming import watcher as watcher_module
 from malote.incoming.account import account_keys
-from malote.incoming.mailbox import Folder, Mailbox
+from malote.incoming.mailbox import Appended, Folder, Mailbox
 from malote.incoming.session import BATCH_BYTES, Session, bounded
 from malote.incoming.watcher import Watcher, imap_day, now_ms
 from malote.store import Store
@@ -147,6 +147,88 @@ async def test_a_renumbered_folder_is_looked_at_again(box: Box) -> None:
     assert verdicts(box.client.messages("Work")) == ["FRESH", "FRESH"]
     assert any("renumbered" in line["event"] for line in logs)
     assert box.client.uids(QUARANTINE) == []
+
+
+@pytest.mark.parametrize("when", ["before the copy is stored", "after it is verified"])
+async def test_a_folder_that_is_replaced_while_we_are_elsewhere(box: Box, monkeypatch: pytest.MonkeyPatch, when: str) -> None:
+    """Its UIDs name other messages when we come back: what is there now is neither moved away nor taken for the original."""
+    box.client.imap.create("Work")
+    box.client.put(box.seal(), "Work")
+    append_many, fetch_new = Mailbox.append_many, Session.fetch_new
+    done: list[bool] = []
+
+    def replace_folder() -> None:
+        if not done:
+            done.append(True)
+            box.client.select()
+            box.client.imap.delete("Work")
+            box.client.imap.create("Work")
+            box.client.put(note("another"), "Work")
+
+    async def before(self: Mailbox, *arguments: object) -> object:
+        if when == "before the copy is stored":
+            await self.select("INBOX")
+            replace_folder()
+        return await append_many(self, *arguments)      # type: ignore[arg-type]
+
+    async def after(self: Session, *arguments: object) -> object:
+        found = await fetch_new(self, *arguments)       # type: ignore[arg-type]
+        replace_folder()
+        return found
+
+    monkeypatch.setattr(Mailbox, "append_many", before)
+    monkeypatch.setattr(Session, "fetch_new", after)
+    store = await box.open_store()
+    watcher = await box.watcher(store, folders=("Work",), deliver="folder")
+    with pytest.raises(MailboxLost):
+        await watcher.run_once()
+    await watcher.run_once()
+    assert [message["Subject"] for message in box.client.messages("Work")] == ["another"]
+    assert box.client.uids(SEALED) == []
+    assert verdicts(box.client.messages("Malote/Opened")) == ["FRESH"]
+
+
+@pytest.mark.parametrize("same_uidvalidity", [True, False])
+async def test_a_message_that_is_not_our_copy_is_never_deleted(box: Box, monkeypatch: pytest.MonkeyPatch,
+                                                               same_uidvalidity: bool) -> None:
+    """APPENDUID names a message of another time of the folder, or the server is wrong: what lies there is somebody else's."""
+    box.client.put(box.seal())
+    box.client.put(note("another"))
+    append_many = Mailbox.append_many
+
+    async def wrong(self: Mailbox, *arguments: object) -> list[Appended | MailboxError | None]:
+        outcomes = await append_many(self, *arguments)      # type: ignore[arg-type]
+        return [Appended(outcome.uidvalidity + (not same_uidvalidity), 2) if isinstance(outcome, Appended) else outcome
+                for outcome in outcomes]
+
+    monkeypatch.setattr(Mailbox, "append_many", wrong)
+    await (await box.watcher(await box.open_store())).run_once()
+    assert "another" in [message["Subject"] for message in box.client.messages()]
+    assert verdicts(box.client.messages()) == ["None", "FRESH"]
+    assert len(box.client.uids(SEALED)) == 1
+
+
+async def test_flags_that_cannot_be_set_do_not_stop_the_folder(box: Box, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A person flags the original meanwhile and the server does not let us follow: the message is opened all the same."""
+    box.client.put(box.seal())
+    fetch_new = Session.fetch_new
+
+    async def flagged(self: Session, *arguments: object) -> object:
+        found = await fetch_new(self, *arguments)       # type: ignore[arg-type]
+        box.client.select()
+        box.client.imap.uid("STORE", "1", "+FLAGS", "\\Flagged")
+        return found
+
+    async def refused(self: Mailbox, *_arguments: object, **_options: object) -> None:
+        raise MailboxError("refused", code="NOPERM")
+
+    monkeypatch.setattr(Session, "fetch_new", flagged)
+    monkeypatch.setattr(Mailbox, "store_flags", refused)
+    with structlog.testing.capture_logs() as logs:
+        await (await box.watcher(await box.open_store())).run_once()
+    assert verdicts(box.client.messages()) == ["FRESH"]
+    assert len(box.client.uids(SEALED)) == 1
+    assert [line["code"] for line in logs if line["event"] == "flags not followed"] == ["NOPERM"]
 
 
 async def test_catching_up_fetches_only_what_can_be_sealed(box: Box, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -221,18 +221,22 @@ class ImapDelivery:
 
     async def _append(self, session: Session, target: Folder, parcels: Sequence[Parcel]) -> None:
         items = [(parcel.raw, parcel.flags, parcel.internal_date) for parcel in parcels]
-        for parcel, answer in zip(parcels, await session.box.append_many(target, items), strict=True):
+        answers = await session.box.append_many(target, items)
+        validity = (await session.enter(target)).uidvalidity
+        for parcel, answer in zip(parcels, answers, strict=True):
             if isinstance(answer, MailboxError):
                 parcel.failure = Failure(answer.code or "NO")
-            else:
-                parcel.copy = answer.uid if answer is not None else None
+            elif answer is not None and answer.uidvalidity == validity:
+                parcel.copy = answer.uid
 
     async def _verify(self, session: Session, target: Folder, parcels: Sequence[Parcel]) -> None:
-        for parcel in parcels:
-            if parcel.copy is None:     # no UIDPLUS: find it by its mark
-                copies = await self.copies(session, target, [parcel.mark.message])
+        stored = await self._stored(session, target, parcels)
+        unnamed = [parcel for parcel in parcels if not _bears(stored.get(parcel.copy or 0), parcel.mark)]
+        if unnamed:     # no UIDPLUS, or what lies there is not ours and must not be touched
+            copies = await self.copies(session, target, [parcel.mark.message for parcel in unnamed])
+            for parcel in unnamed:
                 parcel.copy = max((copy.uid for copy in copies if copy.mark == parcel.mark), default=None)
-        stored = {fetched.uid: fetched.raw for fetched in await session.fetch_new(target, _copies(parcels))}
+            stored |= await self._stored(session, target, unnamed)
         for parcel in parcels:
             content = stored.get(parcel.copy or 0)
             if content is not None and same_message(content, parcel.raw):
@@ -245,13 +249,17 @@ class ImapDelivery:
             else:
                 parcel.copy, parcel.failure = None, NOT_STORED
 
+    async def _stored(self, session: Session, target: Folder, parcels: Iterable[Parcel]) -> dict[int, bytes]:
+        uids = [parcel.copy for parcel in parcels if parcel.copy]
+        return {fetched.uid: fetched.raw for fetched in await session.fetch_new(target, uids)}
+
+
+def _bears(content: bytes | None, mark: Mark) -> bool:
+    return content is not None and mark_of(content) == mark
+
 
 _NOT_READABLE = frozenset({"NO", "NOPERM", "NONEXISTENT", "NOSELECT", "NOUIDVALIDITY", "UIDNOTSTICKY", "INUSE", "UNAVAILABLE"})
 
 
 def _is_discarded(folder: Folder, flags: Sequence[str]) -> bool:
     return folder.is_trash or any(flag.lower() == "\\deleted" for flag in flags)
-
-
-def _copies(parcels: Iterable[Parcel]) -> list[int]:
-    return [parcel.copy for parcel in parcels if parcel.copy]

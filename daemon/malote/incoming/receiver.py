@@ -13,6 +13,8 @@ import contextlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import structlog
+
 from malote.config import AccountConfig
 from malote.core import status
 from malote.core.freshness import QUARANTINED, UNPROVEN, Arrival, FreshnessLimits, sentence
@@ -38,6 +40,7 @@ UNREADABLE_KEYWORD = "$MaloteUnreadable"
 NO_ROOM = frozenset({"OVERQUOTA", "LIMIT", "TOOBIG", "INUSE", "UNAVAILABLE", "TRYCREATE", "NONEXISTENT", "NOPERM", "DISK",
                      "NOT-STORED"})
 
+log = structlog.get_logger("malote.incoming")
 
 # (folder on the wire, UIDVALIDITY) -> UIDs of copies that we have put there: they need not be looked at
 OwnCopies = dict[tuple[bytes, int], set[int]]
@@ -262,7 +265,12 @@ class Receiver:
         for item in delivered:
             parcel = item.parcel
             if parcel is not None and set(now.get(parcel.uid, parcel.flags)) != set(parcel.flags):
-                await self._delivery.reflag(session, place.folder, parcel, now[parcel.uid])
+                try:
+                    await self._delivery.reflag(session, place.folder, parcel, now[parcel.uid])
+                except MailboxError as error:
+                    if session.box.lost.is_set():
+                        raise
+                    log.warning("flags not followed", account=self._account.name, folder=place.folder.name, code=error.code)
 
     async def _move(self, session: Session, place: Place, uids: Sequence[int], target: Folder) -> Moves:
         await session.enter(place.folder)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from malote.config import AccountConfig
+from malote.errors import MailboxLost
 from malote.incoming.mailbox import Fetched, Folder, Mailbox, Selected
 
 T = TypeVar("T")
@@ -42,14 +43,22 @@ class Session:
     def __init__(self, box: Mailbox) -> None:
         self.box = box
         self._ahead: asyncio.Task[object] | None = None
+        self._validity: dict[bytes, int] = {}
 
     async def enter(self, folder: Folder, *, fresh: bool = False) -> Selected:
-        """Select `folder` unless it is. `fresh`: again in any case, for its present UIDNEXT and number of messages."""
+        """Select `folder` unless it is. `fresh`: again in any case, for its present UIDNEXT and number of messages.
+
+        Raises `MailboxLost`, and ends the connection, if it is no longer the folder that it was earlier on it (UIDVALIDITY):
+        the UIDs that are held now name other messages.
+        """
         selected = self.box.selected
         if fresh or selected is None or selected.folder.wire != folder.wire:
             if self._ahead is not None:     # it reads by UID from the folder that is open now
                 await asyncio.wait([self._ahead])
             selected = await self.box.select(folder)
+            if self._validity.setdefault(folder.wire, selected.uidvalidity) != selected.uidvalidity:
+                self.box.abort()
+                raise MailboxLost("a folder was replaced on the mail server meanwhile")
         return selected
 
     def ahead(self, task: asyncio.Task[T]) -> asyncio.Task[T]:
