@@ -226,6 +226,10 @@ def container_failures(fails: Callable[..., Vector]) -> Iterator[Vector]:
         yield fails(name, "container failure", comment, envelope.raw(envelope.encrypt(changed)))
     yield from manifest_failures(plain, fails)
     yield from body_failures(plain, fails)
+    bomb = Envelope(plain, ALICE).add(BOB)
+    bomb.members |= {"enc": "deflate", "size": 64 * 1024**2 + 1}
+    bomb.body = deflated(bytes(1000))
+    yield fails("deflate_size", "over limit", "a compressed original that claims more than 64 MiB", bomb.raw())
 
 
 def manifest_failures(plain: bytes, fails: Callable[..., Vector]) -> Iterator[Vector]:
@@ -236,6 +240,7 @@ def manifest_failures(plain: bytes, fails: Callable[..., Vector]) -> Iterator[Ve
         ("other_version", "manifest of version 2", {"v": 2}), ("float", "not an integer", {"sent": 1.5}),
         ("big_integer", "a time above 2^53", {"sent": 2**53 + 1}), ("boolean", "true for an integer", {"size": True}),
         ("from_not_canonical", "from with a capital letter", {"from": "Alice@a.example"}),
+        ("from_not_composed", "from in lower case, but not in NFC: h and a macron below", {"from": "h\u0331@a.example"}),
         ("no_rcpt", "nobody listed", {"rcpt": []}),
         ("capital_hex", "hexadecimal in capitals", {"id": "AB" * 16}), ("unknown_enc", "an unknown encoding", {"enc": "gzip"}),
         ("unknown_role", "an unknown role", {"rcpt": [listed | {"r": "boss"}]}),
@@ -305,6 +310,12 @@ def unproven() -> Iterator[Vector]:
     scope = Envelope(plain, ALICE).add(BOB)
     scope.members["scope"] = "gateway"
     yield unsigned("scope", "a person's key that claims to be a gateway's", scope.raw())
+    named = Envelope(plain, ALICE).add(BOB)
+    named.members["skid"] = MALLORY.signing.public.id.hex()
+    yield unsigned("named_key", "signed by the card's key, but skid names another", named.raw())
+    expired = Envelope(plain, ALICE).add(BOB)
+    expired.members["sent"] = ALICE.card.expires_at_ms + 1
+    yield unsigned("expired_card", "sent after the card's exp: revoked", expired.raw())
     outside = Envelope(message(sender="eve@other.example"), GATEWAY).add(BOB)
     outside.members |= {"from": "eve@other.example", "scope": "gateway"}
     yield unsigned("gateway_outside", "a gateway signs for another domain", outside.raw(), outside.body, card=GATEWAY)

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from lab import second
 from malote.core import primitives
 from malote.core.card import parse_card
 from malote.core.keys import DecryptionKey
@@ -53,17 +52,3 @@ def test_vector(path: Path) -> None:
 
 def test_every_category_has_its_vectors() -> None:
     assert {parse(path)[0]["expect"] for path in VECTORS} == CATEGORIES
-
-
-@pytest.mark.parametrize("path", VECTORS, ids=lambda path: path.stem)
-def test_second_implementation_agrees(path: Path) -> None:
-    """Written from docs/format.md alone: where the two differ, the code or the document is wrong."""
-    fields, raw = parse(path)
-    try:
-        category, original, serial = second.open_message(
-            raw, bytes.fromhex(fields["key"]), fields["address"], base64.b64decode(fields["card"])
-        )
-    except second.Refused:
-        assert "sha256" not in fields
-        return
-    assert (category, primitives.sha256(original).hex(), str(serial)) == (fields["expect"], fields["sha256"], fields["serial"])
