@@ -9,6 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from malote.core.policy import decide_recipient
+from malote.errors import UpstreamError
+from malote.outgoing import relay
+from malote.outgoing.lanes import PooledLane
+from malote.outgoing.transaction import Recipient, Transaction
 from outgoing.harness import HOST, Answer, Gateway, Upstream, person, text, upstream_config
 
 ALICE, BOB = (person(f"{name}@test.example") for name in ("alice", "bob"))
@@ -76,3 +81,21 @@ async def test_a_kept_connection_that_the_server_closed(tmp_path: Path, end: Ans
             assert (await gw.submit(ALICE.address, [BOB.address], text())).code == 250
         assert upstream.connections == 2
     assert [message.recipients for message in upstream.messages] == [[BOB.address]] * 2
+
+
+async def test_a_recipient_of_a_transaction_that_ended_gets_into_nobody_elses(tmp_path: Path) -> None:
+    """Its connection may be under way with another client's message: one recipient more would get that."""
+    def recipient(address: str) -> Recipient:
+        return Recipient(address, address, {}, None, False, decide_recipient((), "", address, card=False, had_card=False))
+    async with Upstream() as upstream:
+        pool = relay.Upstream(upstream_config(upstream.port, connections=1))
+        lane = PooledLane(pool, 1)
+        gone, other = (Transaction(ALICE.address, {}, lane, fold=True) for _ in range(2))
+        assert (await gone.rcpt(recipient("first@test.example"))).code == 250
+        await gone.end()
+        assert (await other.rcpt(recipient("other@test.example"))).code == 250
+        with pytest.raises(UpstreamError):
+            await gone.rcpt(recipient("late@test.example"))
+        await other.end()
+        await pool.close()
+        assert b"late@" not in upstream.wire

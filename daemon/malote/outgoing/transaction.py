@@ -104,6 +104,8 @@ class Transaction:
     async def _ask(self, recipient: Recipient) -> Reply:
         try:
             opened = await self._open(recipient)
+            if self._ended:     # the connection may carry the message of somebody else by now
+                raise UpstreamError("the transaction was given up")
             if isinstance(opened, Reply):
                 reply = opened
             else:
