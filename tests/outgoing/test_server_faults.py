@@ -557,6 +557,21 @@ class TestFault11Shutdown:
             assert len(server.connections) == 0
             assert desk.names[-2:] == ["reset", "close"]
 
+    async def test_who_is_still_in_the_tls_handshake_is_not_let_in(self, lab: Lab) -> None:
+        """Such a connection is not counted yet: nobody would wait for a message that it hands in."""
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(lab.certificate, lab.key)
+        async with serving(RecordingDesk(), tls_context=context, implicit_tls=True) as server:
+            reader, writer = await asyncio.open_connection(HOST, server.port)
+            await asyncio.sleep(0.05)
+            server.listener.close()
+            assert await server.connections.drain(20) == 0
+            await writer.start_tls(lab.client_tls(), server_hostname="localhost")
+            late = Client(reader, writer)
+            assert (await late.reply()).startswith("421 4.3.2")
+            assert len(server.connections) == 0
+            writer.close()
+
 
 async def start_tls(client: Client, lab: Lab) -> None:
     await client.ask("EHLO x")

@@ -49,9 +49,11 @@ class Connections:
 
     async def drain(self, seconds: float) -> int:
         """421 to who is idle, wait for messages in flight, cut off what is left after `seconds`. Returns how many were cut off.
+        Whoever is still in the TLS handshake is not let in any more.
 
         Does not rely on `Server.wait_closed`: it returns at once on Python 3.11 and waits for idle clients on 3.12.
         """
+        self.limit = 0
         for connection in list(self._open):
             connection.stop()
         tasks = {connection.task for connection in self._open if connection.task is not None}
