@@ -225,6 +225,22 @@ class TestMemoryBudget:
             assert server.desk.messages == []
             assert server.desk.names == ["mail", "rcpt", "reset", "close"]
 
+    async def test_nothing_is_taken_from_a_client_that_reads_no_replies(self) -> None:
+        """What came while its own replies were stuck was in memory without being counted."""
+        async with serving(RecordingDesk()) as server, connected(server) as client:
+            await client.begin()
+            [connection] = server.connections._open
+            connection.pause_writing()      # as the event loop does when the replies fill the socket
+            client.send(b"x\r\n")
+            await asyncio.sleep(0.1)
+            client.writer.write(b"y" * (8 << 20))
+            await asyncio.sleep(0.3)
+            assert len(connection._buffer) < 1 << 20
+            assert server.budget.used_bytes == 0
+            connection.resume_writing()
+            assert (await client.ask(b"\r\n.")).startswith("250")
+            assert server.desk.messages == [b"x\r\n" + b"y" * (8 << 20) + b"\r\n"]
+
     def test_never_above_the_total(self) -> None:
         budget = MemoryBudget(100, factor=2)
         assert budget.charge(50)
@@ -371,6 +387,16 @@ class TestExtensions:
                 "250 2.1.5 0@b.example", "550 5.1.1 1@b.example", "250 2.1.5 2@b.example"]
             assert running == ["0@b.example", "1@b.example", "2@b.example"]
             assert (await client.reply()).startswith("354")
+
+    @pytest.mark.parametrize("bad", [b"RCPT TO:<b@b.example>\n", b"RCPT TO:<" + b"b" * 13000 + b"@b.example>\r\n"])
+    async def test_a_bad_line_between_pipelined_recipients_is_answered_in_its_place(self, bad: bytes) -> None:
+        """Else the client takes the reply of one recipient for that of another."""
+        desk = RecordingDesk()
+        async with serving(desk) as server, connected(server) as client:
+            await client.ask("EHLO x")
+            client.send(b"MAIL FROM:<a@a.example>\r\nRCPT TO:<a@b.example>\r\n" + bad + b"RCPT TO:<c@b.example>\r\nDATA\r\n")
+            assert await client.codes(5) == [250, 250, 500, 250, 354]
+            assert (await client.ask(b"x\r\n.")).startswith("250")
 
     async def test_all_recipients_refused_means_no_data(self) -> None:
         desk = RecordingDesk()

@@ -50,8 +50,8 @@ class MessageCommands(Conversation):
 
     @syntax("RCPT TO:<address>", extended=" [SP parameters]")
     async def smtp_RCPT(self, argument: str) -> None:  # noqa: N802
-        """Pipelined RCPT go to the desk together; replies keep the client's order."""
-        more = len(self._rcpts_out) < MAX_PIPELINED_RCPTS and self._buffer[:5].upper() == b"RCPT " and b"\n" in self._buffer
+        """Pipelined RCPT go to the desk together; replies keep the client's order, so nothing else is answered between them."""
+        more = len(self._rcpts_out) < MAX_PIPELINED_RCPTS and self.has_come(b"RCPT ")
         if not more and not self._rcpts_out:
             self.say(await self._rcpt(argument))
             return

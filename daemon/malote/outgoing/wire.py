@@ -82,10 +82,14 @@ class ClientWire(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         self._buffer += data
         self._received += len(data)
-        if self._phase is not Phase.DATA and len(self._buffer) > HIGH_WATER_BYTES and not self._read_paused and self.transport:
+        if self._phase is not Phase.DATA and len(self._buffer) > HIGH_WATER_BYTES:
+            self._pause_reading()
+        self._wake()
+
+    def _pause_reading(self) -> None:
+        if self.transport is not None and not self._read_paused:
             self.transport.pause_reading()
             self._read_paused = True
-        self._wake()
 
     def eof_received(self) -> bool:
         """A half-closed client still gets its replies; TLS has no half-closed state."""
@@ -118,6 +122,7 @@ class ClientWire(asyncio.Protocol):
         """Send what is to be sent, then wait until more has come. Raises `ClientGone` when no more will."""
         self.flush()
         if self._writable is not None:      # a client that sends and never reads waits for itself
+            self._pause_reading()           # also while it sends a message: nobody counts what comes meanwhile
             await self._writable
         if self._eof or self.transport is None:
             raise ClientGone
@@ -149,6 +154,13 @@ class ClientWire(asyncio.Protocol):
             # a bare LF between commands is how the second half of a smuggled message looks
             raise LineFault(Reply(500, "5.5.2", "Lines must end in CRLF"))
         return line[:-2]
+
+    def has_come(self, verb: bytes) -> bool:
+        """Whether the next line is there as a whole, is without fault, and begins with that."""
+        if self._buffer[:len(verb)].upper() != verb:
+            return False
+        end = self._buffer.find(b"\n", 0, MAX_LINE)
+        return end > 0 and self._buffer[end - 1] == 0x0d
 
     async def read_command(self, seconds: float) -> tuple[bytes, bool]:
         """The next command line, and whether it proves that our replies to messages so far were read."""
