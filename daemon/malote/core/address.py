@@ -31,7 +31,6 @@ _REMEMBERED_CHARACTERS = 128
 
 # RFC 5322 3.2.3 atext, extended by RFC 6532 3.2 to any character beyond ASCII (which of those is decided by `_check_characters`)
 _ATEXT = r"A-Za-z0-9!#$%&'*+\-/=?^_`{|}~\u0080-\U0010ffff"
-_ATOM = re.compile(rf"[{_ATEXT}]+")
 _DOT_ATOM = re.compile(rf"[{_ATEXT}]+(?:\.[{_ATEXT}]+)*")
 _PHRASE_ATOM = re.compile(rf"[{_ATEXT}.]+")     # obs-phrase (RFC 5322 4.1): "John Q. Public" unquoted is everywhere
 _QUOTED = re.compile(r'"((?:[^"\\]|\\.)*)"', re.DOTALL)
