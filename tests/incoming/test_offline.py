@@ -32,6 +32,16 @@ async def test_with_the_senders_card_it_may_still_be_a_repeat(box: Box) -> None:
     assert opened.as_json()["sender"] == "anna@sender.example"
 
 
+async def test_a_changed_outer_header_is_told_and_judges_nothing(box: Box) -> None:
+    """The sender signed what stood outside; lists and gateways change it."""
+    raw = box.seal()
+    subject = raw.replace(b"\r\nSubject: [...]\r\n", b"\r\nSubject: [team] [...]\r\n")
+    told = [(await open_offline(each, [box.identity], None, now_ms=now_ms())).as_json() for each in (raw, subject)]
+    assert [said["outer_differences"] for said in told] == [
+        [], [{"name": "Subject", "sent": ("[...]",), "found": ("[team] [...]",)}]]
+    assert told[0]["verdict"] == told[1]["verdict"]
+
+
 async def test_what_a_watcher_said_is_said_again(box: Box, tmp_path: Path) -> None:
     """Also from a store that is opened for reading only, and long after."""
     raw = box.seal()
@@ -69,7 +79,9 @@ async def test_a_passed_on_message_can_be_opened_by_hand(box: Box) -> None:
     original = note(to=box.user)
     forward = (b"Malote-Verdict: FRESH\r\nContent-Type: multipart/mixed; boundary=f\r\n\r\n--f\r\n"
                b"Content-Type: message/rfc822\r\n\r\n" + box.seal(original) + b"\r\n--f--\r\n")
-    assert (await open_offline(forward, [box.identity], None, now_ms=now_ms())).original == original
+    opened = await open_offline(forward, [box.identity], None, now_ms=now_ms())
+    assert opened.original == original
+    assert opened.outer_differences == (), "the header around it is another message's"
 
 
 async def opened(box: Box, messages: Iterable[tuple[str, bytes]]) -> list[bytes | None]:

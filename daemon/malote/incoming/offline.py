@@ -7,14 +7,14 @@ cannot be said whether it is a repeat, so the best verdict here is UNVERIFIABLE.
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from malote.core.card import Card
 from malote.core.freshness import Arrival, Claim, FreshnessLimits, SeenState, Verdict, decide_verdict, sentence
 from malote.core.identity import Identity
-from malote.core.open import authenticate, unseal
+from malote.core.open import OuterDifference, authenticate, unseal
 from malote.core.parts import find_parts
 from malote.errors import FormatError, Unreadable
 from malote.incoming.mailbox import Fetched, Mailbox
@@ -37,10 +37,12 @@ class OpenedOffline:
     sender: str = ""
     message_id: str = ""            # manifest id, hex
     sent_at_ms: int = 0
+    outer_differences: tuple[OuterDifference, ...] = ()     # outer fields that did not arrive as they were sent; no verdict
 
     def as_json(self) -> dict[str, Any]:
         return {"verdict": str(self.verdict), "text": self.text, "remembered": self.remembered, "reason": self.reason,
-                "sender": self.sender, "id": self.message_id, "sent_at_ms": self.sent_at_ms}
+                "sender": self.sender, "id": self.message_id, "sent_at_ms": self.sent_at_ms,
+                "outer_differences": [asdict(difference) for difference in self.outer_differences]}
 
 
 async def open_offline(raw: bytes, identities: Sequence[Identity], store: Store | None, *, now_ms: int,
@@ -63,7 +65,7 @@ async def open_offline(raw: bytes, identities: Sequence[Identity], store: Store 
     claim = opened.claim(unsealed.recipient)
     verdict, text, remembered = await _judge(claim, store, accounts, now_ms, limits or FreshnessLimits())
     return OpenedOffline(opened.original, verdict, text, remembered, sender=claim.sender, message_id=claim.manifest_id.hex(),
-                         sent_at_ms=claim.sent_at_ms)
+                         sent_at_ms=claim.sent_at_ms, outer_differences=() if unsealed.forwarded else opened.outer_differences)
 
 
 async def _judge(claim: Claim, store: Store | None, accounts: Iterable[str], now_ms: int,
