@@ -27,6 +27,9 @@ from malote.private_files import run_token_command
 CONNECT_SECONDS = 30.0          # name look-up, TCP, TLS and greeting together
 MAX_CAPABILITIES = 1000
 
+_PASSWORD_HINT = "check username and password, and whether the provider wants an application password"
+_TOKEN_HINT = "check username, and that token_command gives a token for it, not expired, with the right to read mail"
+
 Password = Callable[[], Awaitable[str]]
 
 
@@ -166,7 +169,8 @@ async def read_capabilities(protocol: MailProtocol, seconds: float) -> None:
 
 async def _login(protocol: MailProtocol, account: AccountConfig, password: Password, seconds: float) -> None:
     mechanism = choose_mechanism(protocol.capabilities, account)
-    if mechanism in ("XOAUTH2", "OAUTHBEARER"):
+    by_token = mechanism in ("XOAUTH2", "OAUTHBEARER")
+    if by_token:
         secret = await run_token_command(account.token_command) if account.token_command else await password()
     else:
         secret = await password()
@@ -177,8 +181,8 @@ async def _login(protocol: MailProtocol, account: AccountConfig, password: Passw
     await protocol.execute(command)
     if command.status is None or command.status.result != "OK":
         code = command.status.code if command.status is not None else ""
-        raise MailboxError(f"account {account.name}: the mail server refused the login", code=code or "AUTHENTICATIONFAILED",
-                           hint="check username, password or token, and whether the provider wants an application password")
+        raise MailboxError(f"account {account.name}: the mail server refused the {'token' if by_token else 'login'}",
+                           code=code or "AUTHENTICATIONFAILED", hint=_TOKEN_HINT if by_token else _PASSWORD_HINT)
     protocol.state = aioimaplib.AUTH
 
 
