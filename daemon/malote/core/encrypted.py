@@ -2,6 +2,7 @@
 
 A wrong no costs a second layer; a wrong yes would let text leave that policy wants sealed. So whatever is not exactly as the
 three formats are written is no: comments in Content-Type, text before, after or between the parts, a part too many.
+What OpenPGP and S/MIME call encrypted is known by its first packet or its type; whether it is, nobody can tell without the key.
 """
 
 from __future__ import annotations
