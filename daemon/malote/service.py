@@ -33,8 +33,9 @@ from malote.notify import notify, watchdog_seconds
 from malote.outgoing.budget import MemoryBudget
 from malote.outgoing.conversation import ServerSettings
 from malote.outgoing.inflight import InFlight
-from malote.outgoing.listener import Connections, Listener, server_settings
+from malote.outgoing.listener import Listener, server_settings
 from malote.outgoing.memory import return_large_blocks
+from malote.outgoing.open_connections import Connections
 from malote.outgoing.relay import Credentials, Upstream
 from malote.outgoing.sender import Sender
 from malote.outgoing.submission import Submissions

@@ -13,7 +13,8 @@ from malote.errors import Reply
 from malote.outgoing.budget import MemoryBudget
 from malote.outgoing.connection import UpstreamConnection
 from malote.outgoing.desk import AuthOutcome, ClientSession, Offer
-from malote.outgoing.listener import Connections, Listener
+from malote.outgoing.listener import Listener
+from malote.outgoing.open_connections import Connections
 from malote.outgoing.relay import Upstream
 from malote.outgoing.server import ServerSettings
 

@@ -28,8 +28,9 @@ from malote.core.keys import SignatureAlgorithm
 from malote.core.open import Opened, authenticate, unseal
 from malote.core.parts import find_parts
 from malote.outgoing.budget import MemoryBudget
-from malote.outgoing.listener import Connections, Listener, server_settings
+from malote.outgoing.listener import Listener, server_settings
 from malote.outgoing.memory import return_large_blocks
+from malote.outgoing.open_connections import Connections
 from malote.outgoing.relay import Credentials
 from malote.outgoing.relay import Upstream as Relay
 from malote.outgoing.sender import Sender

@@ -1,25 +1,17 @@
-"""One SMTP or LMTP connection to the upstream server: pipelined, replies paired strictly with commands.
-
-Any surprise (a reply nobody asked for, bytes that are no reply, a timeout, an exception or a cancelled caller) aborts the
-connection: it is never used again, because a reply that belongs to an old command must not answer a new one (a false 250
-is a lost message). Works on asyncio and uvloop.
-"""
+"""One SMTP or LMTP connection to the upstream server: greeting, encryption and login, then one transaction after another."""
 
 from __future__ import annotations
 
 import asyncio
 import base64
-import ipaddress
 import ssl
-from collections import deque
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
-from typing import cast
 
 from malote.errors import Reply, UpstreamError
-from malote.outgoing.replies import ReplyFault, ReplyParser, check_reply
+from malote.outgoing.replies import check_reply
 from malote.outgoing.smtp_data import stuff
+from malote.outgoing.upstream_wire import HIGH_WATER_BYTES, Timeouts, UpstreamWire
 
 Challenge = Callable[[bytes], Awaitable["bytes | None"]]
 Params = Mapping[str, "str | bool"]
@@ -27,7 +19,6 @@ Params = Mapping[str, "str | bool"]
 Then = Callable[["UpstreamConnection"], "asyncio.Future[Reply]"]
 
 BLOCK_BYTES = 256 * 1024    # one write of a message body; the block timer of RFC 5321 4.5.3.2.5 restarts with each
-HIGH_WATER_BYTES = 512 * 1024
 
 # LMTP answers per recipient: this one, told by `is`, stands for an answer that never came after others had.
 IN_DOUBT = Reply(451, "4.4.2", "Connection lost before the answer, try again later")
@@ -39,17 +30,7 @@ _NO_8BIT = Reply(554, "5.6.3", "The next mail server takes no 8-bit text; nothin
 _TOO_BIG = Reply(552, "5.3.4", "Message is larger than the next mail server takes; nothing was sent")
 
 
-@dataclass(frozen=True, slots=True)
-class Timeouts:
-    """Seconds per phase (RFC 5321 4.5.3.2)."""
-
-    connect: float = 30
-    command: float = 300
-    data_block: float = 180
-    data_done: float = 600
-
-
-class UpstreamConnection(asyncio.Protocol):
+class UpstreamConnection(UpstreamWire):
     """Made by `relay.Upstream`. `mail` and `rcpt` may be called without awaiting each other: that is the pipelining.
 
     Replies are values, whatever their code; exceptions mean that the connection is lost. `extensions`: EHLO keyword in
@@ -57,23 +38,9 @@ class UpstreamConnection(asyncio.Protocol):
     """
 
     def __init__(self, *, lmtp: bool, helo_name: str, timeouts: Timeouts) -> None:
-        self._loop = asyncio.get_running_loop()
+        super().__init__(timeouts)
         self._lmtp = lmtp
         self._helo_name = helo_name
-        self._timeouts = timeouts
-        self._transport: asyncio.Transport | None = None
-        self._parser = ReplyParser()
-        self._waiting: deque[asyncio.Future[Reply]] = deque()
-        self._greeting: asyncio.Future[Reply] = self._loop.create_future()
-        self._out: list[bytes] = []
-        self._timer: asyncio.TimerHandle | None = None
-        self._fires = 0.0               # loop time; uvloop's handle for "now" has no `when`
-        self._deadline = 0.0
-        self._writable: asyncio.Future[None] | None = None
-        self._lost: UpstreamError | None = None
-        self._in_body = False
-        self._early: Reply | None = None    # a refusal that came while the body was being written
-        self._dotted = False            # the final dot may have left, its reply has not come
         self._rcpts: list[asyncio.Future[Reply]] = []
         self.extensions: dict[str, str] = {}
         self.in_transaction = False
@@ -81,156 +48,6 @@ class UpstreamConnection(asyncio.Protocol):
         self.authenticated = False
         self.transactions = 0           # begun on this connection
         self.idle_since = 0.0           # loop time; used by the pool
-        self.closed_by_server = False   # said 421 or closed: not to be used for another transaction
-
-    # asyncio.Protocol
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast(asyncio.Transport, transport)
-        self._transport.set_write_buffer_limits(high=HIGH_WATER_BYTES)
-        self._greeting = self._expect(self._timeouts.command)   # now: it may come before whoever connects runs again
-
-    def data_received(self, data: bytes) -> None:
-        try:
-            replies = self._parser.feed(data)
-        except ReplyFault:
-            self._fail("sent something that is no SMTP reply")
-            return
-        for reply in replies:
-            if not self._take(reply):
-                return
-
-    def _take(self, reply: Reply) -> bool:
-        if reply.code == 421:
-            self.closed_by_server = True
-        if not self._waiting:
-            if self._in_body and reply.code >= 400:
-                self._early = reply     # as too much data: a refusal before our final dot, nothing was accepted
-            self._fail("closed the connection" if reply.code == 421 else "sent a reply nobody asked for")
-            return False
-        future = self._waiting.popleft()
-        if future.done():       # its caller was cancelled
-            self._fail("answered a command that was given up")
-            return False
-        future.set_result(reply)
-        if self._waiting:
-            self._deadline = self._loop.time() + self._timeouts.command
-        elif self._dotted:
-            self._dotted = False
-        return True
-
-    def eof_received(self) -> bool:
-        self.closed_by_server = True
-        self._fail("closed the connection")
-        return False
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self.closed_by_server = True
-        self._fail("closed the connection", exc)
-        self._transport = None
-
-    def pause_writing(self) -> None:
-        self._writable = self._loop.create_future()
-
-    def resume_writing(self) -> None:
-        if self._writable is not None and not self._writable.done():
-            self._writable.set_result(None)
-        self._writable = None
-
-    # plumbing
-
-    @property
-    def usable(self) -> bool:
-        """Whether a new transaction may begin on it now."""
-        return (
-            self._lost is None and not self._waiting and not self.closed_by_server and not self._out
-            and self._transport is not None and not self._transport.is_closing() and self._parser.empty
-        )
-
-    @property
-    def to_loopback(self) -> bool:
-        peer = self._transport.get_extra_info("peername") if self._transport is not None else None
-        return isinstance(peer, tuple) and ipaddress.ip_address(str(peer[0]).partition("%")[0]).is_loopback
-
-    def abort(self) -> None:
-        """Give the connection up at once; everything pending fails."""
-        self._fail("was given up")
-
-    def _fail(self, what: str, cause: BaseException | None = None) -> None:
-        if self._lost is None:
-            self._lost = UpstreamError(f"the next mail server {what}", in_doubt=self._dotted)
-            self._lost.__cause__ = cause
-            self._out.clear()
-            if self._timer is not None:
-                self._timer.cancel()
-                self._timer = None
-            if self._transport is not None:
-                self._transport.abort()
-        while self._waiting:
-            future = self._waiting.popleft()
-            if not future.done():
-                future.set_exception(self._error())
-                future.exception()      # read: a pipelined reply that nobody waits for any more is no news for the log
-        if self._writable is not None and not self._writable.done():
-            self._writable.set_exception(self._error())
-            self._writable.exception()
-
-    def _error(self) -> UpstreamError:
-        """A new exception each time: one object raised in several tasks would mix their tracebacks."""
-        lost = self._lost or UpstreamError("the next mail server is not connected")
-        error = UpstreamError(str(lost), in_doubt=lost.in_doubt)
-        error.__cause__ = lost.__cause__
-        return error
-
-    def _expect(self, timeout: float) -> asyncio.Future[Reply]:
-        future: asyncio.Future[Reply] = self._loop.create_future()
-        if self._lost is not None:
-            future.set_exception(self._error())
-            future.exception()
-            return future
-        if not self._waiting:
-            self._arm(timeout)
-        self._waiting.append(future)
-        return future
-
-    def _arm(self, seconds: float) -> None:
-        self._deadline = self._loop.time() + seconds
-        if self._timer is None or self._fires > self._deadline:
-            if self._timer is not None:
-                self._timer.cancel()
-            self._set_timer()
-
-    def _set_timer(self) -> None:
-        self._fires = self._deadline
-        self._timer = self._loop.call_at(self._deadline, self._tick)
-
-    def _tick(self) -> None:
-        """The one timer: moved lazily, so that a command costs no timer of its own."""
-        self._timer = None
-        if not self._waiting and self._writable is None:
-            return
-        if self._loop.time() >= self._deadline:
-            self._fail("did not answer in time")
-        else:
-            self._set_timer()
-
-    def command(self, line: str, timeout: float | None = None) -> asyncio.Future[Reply]:
-        """Send one command line; its reply comes in the future. Commands of one loop turn leave in one write."""
-        data = line.encode("utf-8", "surrogateescape")
-        if b"\r" in data or b"\n" in data or b"\0" in data:
-            raise ValueError("line end inside an SMTP command")
-        future = self._expect(timeout or self._timeouts.command)
-        if self._lost is None:
-            if not self._out:
-                self._loop.call_soon(self._flush)
-            self._out.append(data)
-        return future
-
-    def _flush(self) -> None:
-        if self._out and self._transport is not None:
-            self._out.append(b"")
-            self._transport.write(b"\r\n".join(self._out))
-        self._out.clear()
 
     # the session
 
@@ -261,7 +78,7 @@ class UpstreamConnection(asyncio.Protocol):
         if not self._parser.empty or self._waiting:
             raise UpstreamError("the next mail server sent clear text after its STARTTLS reply")
         try:
-            transport = await self._loop.start_tls(
+            transport = await self.loop.start_tls(
                 self._wire, self, context, server_hostname=server_hostname, ssl_handshake_timeout=self._timeouts.connect,
             )
         except (OSError, EOFError) as error:      # ssl.SSLError and its certificate errors are OSErrors
@@ -351,7 +168,7 @@ class UpstreamConnection(asyncio.Protocol):
         return int(value) if value.isascii() and value.isdigit() else 0
 
     def _refuse(self, reply: Reply) -> asyncio.Future[Reply]:
-        future: asyncio.Future[Reply] = self._loop.create_future()
+        future: asyncio.Future[Reply] = self.loop.create_future()
         future.set_result(reply)
         return future
 
@@ -416,24 +233,12 @@ class UpstreamConnection(asyncio.Protocol):
         wire.write(b"".join((view[position:], b".\r\n")))
         results = [await futures[0]]
         for future in futures[1:]:
-            self._deadline = self._loop.time() + self._timeouts.data_done
+            self._deadline = self.loop.time() + self._timeouts.data_done
             try:
                 results.append(await future)
             except UpstreamError:   # LMTP: what was answered counts, the rest is in doubt
                 results.append(IN_DOUBT)
         return results
-
-    async def _write(self, block: memoryview) -> None:
-        self._wire.write(block)
-        if self._writable is not None:
-            self._arm(self._timeouts.data_block)
-            await asyncio.shield(self._writable)
-
-    @property
-    def _wire(self) -> asyncio.Transport:
-        if self._lost is not None or self._transport is None:
-            raise self._error()
-        return self._transport
 
     async def rset(self) -> Reply:
         """End the transaction; the connection is as after EHLO."""
@@ -457,9 +262,7 @@ class UpstreamConnection(asyncio.Protocol):
         if self._transport is not None and self._lost is None:
             self._transport.close()
         self._lost = self._lost or UpstreamError("the connection to the next mail server is closed")
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
+        self.stop_timer()
 
 
 def _parameters(params: Params) -> str:

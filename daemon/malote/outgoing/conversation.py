@@ -9,19 +9,17 @@ import ssl
 import traceback
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
+from typing import Any, ClassVar, TypeVar, cast
 
 import structlog
 
 from malote.errors import MaloteError, Reply
 from malote.outgoing.budget import MemoryBudget
 from malote.outgoing.desk import ClientSession, Desk, Offer
+from malote.outgoing.open_connections import Connections
 from malote.outgoing.smtp_auth import AuthFault
 from malote.outgoing.smtp_path import PathRefused
 from malote.outgoing.wire import ClientGone, ClientWire, LineFault, Phase, peer_uid
-
-if TYPE_CHECKING:
-    from malote.outgoing.listener import Connections
 
 log = structlog.get_logger("malote.outgoing.server")
 T = TypeVar("T")

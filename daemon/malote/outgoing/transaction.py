@@ -104,8 +104,6 @@ class Transaction:
     async def _ask(self, recipient: Recipient) -> Reply:
         try:
             opened = await self._open(recipient)
-            if self._ended:     # the connection may carry the message of somebody else by now
-                raise UpstreamError("the transaction was given up")
             if isinstance(opened, Reply):
                 reply = opened
             else:
@@ -128,7 +126,10 @@ class Transaction:
     async def _open(self, first: Recipient) -> UpstreamConnection | Reply:
         """The connection with MAIL accepted, or the reply that refused MAIL. One attempt for all recipients."""
         if self._opening is not None:
-            return await asyncio.shield(self._opening)
+            opened = await asyncio.shield(self._opening)
+            if self._ended:     # the connection may carry the message of somebody else by now
+                raise UpstreamError("the transaction was given up")
+            return opened
         self._opening = asyncio.get_running_loop().create_future()
         try:
             opened = await self._begin(first)

@@ -17,6 +17,7 @@ from enum import Enum, auto
 from typing import cast
 
 from malote.errors import Reply
+from malote.outgoing.timer import Timed
 
 MAX_LINE = 12288 + 2            # RFC 4954 section 4: an AUTH line may have 12288 octets
 HIGH_WATER_BYTES = 64 * 1024    # unread command bytes above which the socket is left alone
@@ -48,13 +49,13 @@ class Phase(Enum):
     HANDLER = auto()        # the desk is at work
 
 
-class ClientWire(asyncio.Protocol):
+class ClientWire(Timed, asyncio.Protocol):
     """Mixed into the server class. All offsets count bytes received since the connection (or TLS) began."""
 
     transport: asyncio.Transport | None
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self.loop = loop
+        Timed.__init__(self, loop)
         self.transport = None
         self._buffer = bytearray()
         self._out: list[bytes] = []
@@ -64,9 +65,6 @@ class ClientWire(asyncio.Protocol):
         self._read_paused = False
         self._writable: asyncio.Future[None] | None = None
         self._phase = Phase.COMMAND
-        self._deadline = 0.0
-        self._timer: asyncio.TimerHandle | None = None
-        self._fires = 0.0               # loop time; uvloop's handle for "now" has no `when`
         self._fd = -1
         self._over_tls = False
         self._unread_reply = False      # a reply to a message is out whose reading is not proved yet
@@ -211,29 +209,9 @@ class ClientWire(asyncio.Protocol):
     # time
 
     def enter(self, phase: Phase, seconds: float) -> None:
-        """Begin a phase that may last that long. One timer handle serves all: it is moved when it fires."""
+        """Begin a phase that may last that long."""
         self._phase = phase
-        self._deadline = self.loop.time() + seconds
-        if self._timer is None or self._fires > self._deadline:
-            if self._timer is not None:
-                self._timer.cancel()
-            self._set_timer()
-
-    def _set_timer(self) -> None:
-        self._fires = self._deadline
-        self._timer = self.loop.call_at(self._deadline, self._tick)
-
-    def stop_timer(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-
-    def _tick(self) -> None:
-        self._timer = None
-        if self.loop.time() < self._deadline:
-            self._set_timer()
-        else:
-            self.timed_out()
+        self.start_timer(seconds)
 
     def timed_out(self) -> None:
         self.hang_up(TIMED_OUT)
