@@ -17,6 +17,7 @@ import structlog
 
 from lab.daemon import PASSPHRASE, Home, account, free_port, listener, rule, upstream
 from lab.incoming import Client
+from lab.oauth import access_token, oauth_settings
 from lab.servers import HOST, Dovecot, Lab
 from malote.config import LogConfig
 from malote.core.identity import serialize_identity
@@ -26,18 +27,24 @@ from malote.store import Store
 
 
 async def test_nothing_private_in_the_log_of_a_real_run(home: Home, lab: Lab) -> None:
-    """Level debug, `addresses = false`: mail sealed, refused, opened, repeated, damaged, forged; logins right and wrong; reload
-    and end. No address, subject, text, attachment name, password, passphrase or key is in it."""
+    """Level debug, `addresses = false`: mail sealed, refused, opened, repeated, damaged, forged; logins right and wrong, by
+    password and by token; reload and end. No address, subject, text, attachment name, password, passphrase or key is in it; no
+    token is in it, nor in what `malote log` and `malote check` say."""
     ada, bea, cid = "ada-mk1@privmk2.example", "bea-mk3@privmk4.example", "cid-mk5@privmk6.example"
     password = "passwmk7"
-    dovecot = lab.dovecot([ada, bea], passwords={ada: password, bea: password})
+    dovecot = lab.dovecot([ada, bea], passwords={ada: password, bea: password},
+                          extra=oauth_settings(lab.root / "oauth-of-the-log"))
     postfix = lab.postfix(dovecot.lmtp_hop, auth_port=dovecot.auth_port)
     home.secret("password", password)
     home.secret("bad", "passwmk8")
+    tokens = {"token": access_token(ada), "bad-token": access_token(ada, key=b"another")}
+    for name, token in tokens.items():
+        home.secret(name, token)
     port = free_port()
     home.configure(listener(port) + upstream(postfix.submission_port, lab.certificate) + rule("require")
                    + account(bea, dovecot.imaps_port, lab.certificate, home, name="work")
-                   + account(ada, dovecot.imaps_port, lab.certificate, home, name="broken", password="bad"))
+                   + account(ada, dovecot.imaps_port, lab.certificate, home, name="broken", password="bad")
+                   + "".join(by_token(ada, dovecot, lab, home, name) for name in tokens))
     for address in (ada, bea):
         home.keys("new", address, "--algorithm", "ed25519")
     message = (f"From: Name-mk9 <{ada}>\r\nTo: {bea}\r\nSubject: subjmk10\r\nMessage-ID: <idmk11@privmk2.example>\r\n"
@@ -66,8 +73,13 @@ async def test_nothing_private_in_the_log_of_a_real_run(home: Home, lab: Lab) ->
         home.config.write_text(home.config.read_text() + "\n[nonsense]\nvalue = 1\n")
         daemon.reload()
         reader.close()
+        daemon.wait_for_log('"account": "token".*"mailbox open"')
+        daemon.wait_for_log('"account": "bad-token"')
         assert daemon.stop() == 0
     text = daemon.text()
+    shown = [home.malote(*command) for command in (("log",), ("log", "--json"), ("check",), ("check", "--json"))]
+    for output in (text, *(f"{done.stdout.decode()}{done.stderr.decode()}" for done in shown)):
+        assert not [piece for token in tokens.values() for piece in token.split(".")[1:] if piece in output]
     events = {line["event"] for line in daemon.records()}
     assert events >= {"ready", "message", "mailbox open", "mailbox not available", "stopped"}
     assert "mk" not in text.replace("mkdir", ""), next(line for line in text.split("\n") if "mk" in line)
@@ -80,6 +92,12 @@ async def test_nothing_private_in_the_log_of_a_real_run(home: Home, lab: Lab) ->
         for secret in secrets:
             assert secret.hex() not in text
             assert b64encode(secret).decode()[:-4] not in text
+
+
+def by_token(user: str, dovecot: Dovecot, lab: Lab, home: Home, name: str) -> str:
+    """An account whose token lies in the file of that name."""
+    by_password = account(user, dovecot.imaps_port, lab.certificate, home, name=name)
+    return by_password.replace(f'password_file = "{home.root}/password"', f'token_command = ["cat", "{home.root}/{name}"]')
 
 
 def client_of(dovecot: Dovecot, user: str, password: str) -> Client:
