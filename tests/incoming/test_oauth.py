@@ -6,6 +6,7 @@ import contextlib
 import uuid
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import structlog
@@ -67,7 +68,7 @@ async def test_mail_is_opened_after_a_login_by_token(lab: Lab, anna: Box, token:
 async def test_a_refused_token(anna: Box, token: Path, auth: str, wrong: str) -> None:
     """No login, no hanging; what is said names the account and the cure, and not the token; nor does the log."""
     token.write_text(wrong)
-    settings = {"auth": auth, "token_command": ("cat", str(token))}
+    settings: dict[str, Any] = {"auth": auth, "token_command": ("cat", str(token))}
     with pytest.raises(MailboxError) as caught:
         await Mailbox.connect(anna.config(**settings), password=secret)
     assert caught.value.code == "AUTHENTICATIONFAILED"

@@ -27,8 +27,8 @@ from malote.private_files import run_token_command
 CONNECT_SECONDS = 30.0          # name look-up, TCP, TLS and greeting together
 MAX_CAPABILITIES = 1000
 
-_PASSWORD_HINT = "check username and password, and whether the provider wants an application password"
-_TOKEN_HINT = "check username, and that token_command gives a token for it, not expired, with the right to read mail"
+_LOGIN_HINT = "check username and password, and whether the provider wants an application password"
+_OAUTH_HINT = "check username, and that token_command gives a token for it, not expired, with the right to read mail"
 
 Password = Callable[[], Awaitable[str]]
 
@@ -182,7 +182,7 @@ async def _login(protocol: MailProtocol, account: AccountConfig, password: Passw
     if command.status is None or command.status.result != "OK":
         code = command.status.code if command.status is not None else ""
         raise MailboxError(f"account {account.name}: the mail server refused the {'token' if by_token else 'login'}",
-                           code=code or "AUTHENTICATIONFAILED", hint=_TOKEN_HINT if by_token else _PASSWORD_HINT)
+                           code=code or "AUTHENTICATIONFAILED", hint=_OAUTH_HINT if by_token else _LOGIN_HINT)
     protocol.state = aioimaplib.AUTH
 
 
