@@ -187,6 +187,14 @@ async def test_size_is_what_is_really_sent_when_a_transaction_is_begun_anew(tmp_
         assert size == len(message.content)
 
 
+async def test_a_size_that_is_no_number_is_no_limit(tmp_path: Path) -> None:
+    """int() takes fewer digits than str.isdigit() knows: each recipient was answered 451."""
+    async with Upstream(extensions=("PIPELINING", "SIZE \u00b2")) as upstream, \
+            Gateway(tmp_path, upstream_config(upstream.port), cards=(BOB,)) as gw:
+        for number in range(2):
+            assert (await gw.submit(ALICE.address, [BOB.address], text(message_id=f"<{number}@test.example>"))).code == 250
+
+
 async def test_orcpt_and_notify_stay_with_their_recipient(tmp_path: Path) -> None:
     rcpt = {BOB.address: ["NOTIFY=FAILURE", "ORCPT=rfc822;Bob@test.example"],
             DAVE.address: ["NOTIFY=NEVER", "ORCPT=rfc822;Dave@test.example"]}

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import email
 import email.policy
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from email.message import EmailMessage
 from pathlib import Path
 from typing import cast
@@ -18,7 +20,7 @@ from malote.outgoing.answers import LINE_CHARACTERS, MAX_NAMED, Answer, Outcome,
 from malote.outgoing.envelope import estimated_size, mail_params, same_transaction
 from malote.outgoing.groups import MAX_PER_COPY, Kind, Member, group_members
 from malote.outgoing.identities import Submitter, decide_signer, login_addresses
-from malote.outgoing.inflight import InFlight
+from malote.outgoing.inflight import InFlight, Turn
 from malote.outgoing.notice import Refused, make_notice
 from malote.outgoing.passthrough import login_of
 from malote.outgoing.users import hash_password, load_users
@@ -284,11 +286,20 @@ def test_a_users_file_that_everybody_can_read_is_refused(tmp_path: Path) -> None
 
 # ---- identical messages in flight
 
+@asynccontextmanager
+async def turn_of(inflight: InFlight, key: str = "same") -> AsyncIterator[Turn]:
+    turn = inflight.take(key) or await inflight.wait(key)
+    try:
+        yield turn
+    finally:
+        inflight.give_back(key, turn)
+
+
 async def test_an_identical_message_waits_and_takes_over_what_was_accepted() -> None:
     inflight, order = InFlight(), []
 
     async def send(name: str, accepted: str) -> set[str]:
-        async with inflight.turn("same") as turn:
+        async with turn_of(inflight) as turn:
             order.append(f"{name} begins")
             await asyncio.sleep(0.01)
             turn.accepted[accepted] = OK
@@ -303,18 +314,18 @@ async def test_an_identical_message_waits_and_takes_over_what_was_accepted() -> 
 async def test_a_message_that_fails_lets_the_next_one_go() -> None:
     inflight = InFlight()
     with pytest.raises(ZeroDivisionError):
-        async with inflight.turn("same"):
+        async with turn_of(inflight):
             raise ZeroDivisionError
-    async with inflight.turn("same") as turn:
+    async with turn_of(inflight) as turn:
         assert turn.earlier == {}
 
 
 async def test_giving_up_waiting_does_not_disturb_the_one_waited_for() -> None:
     inflight = InFlight()
-    async with inflight.turn("same") as first:
+    async with turn_of(inflight) as first:
         with pytest.raises(TimeoutError):
-            async with asyncio.timeout(0.01), inflight.turn("same"):
+            async with asyncio.timeout(0.01), turn_of(inflight):
                 pytest.fail("must wait")
         first.accepted["a"] = OK
-    async with inflight.turn("other"), inflight.turn("same") as later:
+    async with turn_of(inflight, "other"), turn_of(inflight) as later:
         assert later.earlier == {}

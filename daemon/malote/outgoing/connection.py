@@ -10,6 +10,7 @@ from contextlib import suppress
 
 from malote.errors import Reply, UpstreamError
 from malote.outgoing.replies import check_reply
+from malote.outgoing.sizes import announced_limit
 from malote.outgoing.smtp_data import stuff
 from malote.outgoing.upstream_wire import HIGH_WATER_BYTES, Timeouts, UpstreamWire
 
@@ -158,14 +159,7 @@ class UpstreamConnection(UpstreamWire):
             return _NO_REQUIRETLS
         if str(params.get("BODY", "")).upper() == "8BITMIME" and "8BITMIME" not in extensions:
             return _NO_8BIT
-        size = params.get("SIZE", "0")
-        return _TOO_BIG if 0 < self.size_limit < int(size) else None
-
-    @property
-    def size_limit(self) -> int:
-        """The largest message, in bytes, that the server takes; 0: it names no limit."""
-        value = self.extensions.get("SIZE", "")
-        return int(value) if value.isascii() and value.isdigit() else 0
+        return _TOO_BIG if "SIZE" in params and 0 < announced_limit(extensions) < int(params["SIZE"]) else None
 
     def _refuse(self, reply: Reply) -> asyncio.Future[Reply]:
         future: asyncio.Future[Reply] = self.loop.create_future()
@@ -209,7 +203,7 @@ class UpstreamConnection(UpstreamWire):
     def _check_content(self, content: bytes | bytearray, accepted: int) -> Reply | None:
         if not accepted:
             return Reply(554, "5.5.1", "No valid recipients")
-        if 0 < self.size_limit < len(content):
+        if 0 < announced_limit(self.extensions) < len(content):
             return _TOO_BIG
         if "8BITMIME" not in self.extensions and not content.isascii():
             return _NO_8BIT

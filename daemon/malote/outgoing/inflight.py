@@ -7,8 +7,7 @@ journal has no outcome yet. What the journal does after the first has ended is a
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Hashable, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 
 from malote.errors import Reply
@@ -32,15 +31,6 @@ class InFlight:
     def __len__(self) -> int:
         return len(self._running)
 
-    @asynccontextmanager
-    async def turn(self, key: Hashable) -> AsyncIterator[Turn]:
-        """Wait until no identical message is in flight, then be the one. The caller bounds the waiting."""
-        turn = self.take(key) or await self.wait(key)
-        try:
-            yield turn
-        finally:
-            self.give_back(key, turn)
-
     def take(self, key: Hashable) -> Turn | None:
         """The turn, to be given back; None while an identical message is in flight."""
         if key in self._running:
@@ -49,7 +39,7 @@ class InFlight:
         return turn
 
     async def wait(self, key: Hashable) -> Turn:
-        """As `take`, after those that are in flight."""
+        """As `take`, after those that are in flight. The caller bounds the waiting."""
         earlier: dict[str, Reply] = {}
         while (running := self._running.get(key)) is not None:
             if running.done is None:

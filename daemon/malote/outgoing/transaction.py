@@ -18,6 +18,7 @@ from malote.outgoing.desk import Params
 from malote.outgoing.envelope import estimated_size, mail_params
 from malote.outgoing.lanes import Lane
 from malote.outgoing.relay import UpstreamConnection
+from malote.outgoing.sizes import announced_limit
 
 
 @dataclass(slots=True, eq=False)
@@ -143,8 +144,7 @@ class Transaction:
     async def _begin(self, first: Recipient) -> UpstreamConnection | Reply:
         sealed = first.decision.action is Action.SEAL
         extensions = self.lane.extensions
-        limit = extensions.get("SIZE", "")
-        size = estimated_size(self.params, sealed=sealed, fold=self._fold, limit=int(limit) if limit.isdigit() else 0)
+        size = estimated_size(self.params, sealed=sealed, fold=self._fold, limit=announced_limit(extensions))
         self.opened_params = mail_params(self.params, sealed=sealed, size=size, addresses=(self.sender, first.path),
                                          utf8_header=False, extensions=extensions)
 
