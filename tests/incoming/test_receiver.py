@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import structlog
 
-from lab.incoming import QUARANTINE, SEALED, Box, Client, note, verdict, verdicts
+from lab.incoming import QUARANTINE, SEALED, Box, Client, limited, note, verdict, verdicts
 from lab.servers import Lab
 from malote.incoming import scan
 from malote.incoming.delivery import carriable, same_message
@@ -253,23 +253,10 @@ async def test_full_disk_under_a_maildir_keeps_the_original(box: Box, tmp_path: 
     assert verdict(message_from_bytes(file.read_bytes())) == "FRESH"
 
 
-QUOTA = """
-mail_plugins = quota
-protocol imap {
-  mail_plugins = quota imap_quota
-}
-plugin {
-  quota = count:User quota
-  quota_rule = *:messages=3
-  quota_vsizes = yes
-}
-"""
-
-
 async def test_over_quota_keeps_the_original(lab: Lab, tmp_path: Path) -> None:
     """NO [OVERQUOTA] to APPEND: the original stays, shows in the log, and is opened once there is room."""
     user = f"{uuid.uuid4().hex}@test.example"
-    box = Box(lab.dovecot([user], extra=QUOTA), tmp_path, user)
+    box = Box(lab.dovecot([user], extra=limited("messages=3")), tmp_path, user)
     store = await box.open_store()
     for _ in range(2):
         box.client.put(note("filler"))

@@ -30,6 +30,21 @@ SEALED, QUARANTINE = "Malote/Sealed", "Malote/Quarantine"
 _numbers = itertools.count(1)
 
 
+def limited(rule: str) -> str:
+    """For the `extra` of a Dovecot: what each mailbox may hold, as `storage=1M` or `messages=3`."""
+    return f"""
+mail_plugins = quota
+protocol imap {{
+  mail_plugins = quota imap_quota
+}}
+plugin {{
+  quota = count:User quota
+  quota_rule = *:{rule}
+  quota_vsizes = yes
+}}
+"""
+
+
 def note(subject: str = "Grüße", body: str = "Guten Tag\r\n", *, sender: str = "", to: str = "", more: str = "") -> bytes:
     """A small message with everything that must survive: a non-ASCII subject, threading headers, 8-bit text."""
     coded = Header(subject, "utf-8").encode() if not subject.isascii() else subject

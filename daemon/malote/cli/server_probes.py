@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
+from collections.abc import MutableMapping, Sequence
 
 from malote.cli.findings import Finding, Findings, State, fault, ok, warning
 from malote.cli.probes import check_maildir
 from malote.config import AccountConfig, Config, Security
 from malote.credentials import account_password, upstream_credentials
 from malote.errors import MailboxError, MaloteError, SecretUnavailable
-from malote.incoming.mailbox import Mailbox
+from malote.incoming.mailbox import Folder, Mailbox, Quota
 from malote.outgoing.relay import Upstream, UpstreamConnection
 from malote.outgoing.sasl import login
 
@@ -18,6 +18,7 @@ READERS = {
     "folder": "opened mail goes to a folder of the mailbox: you and your mail provider can read it",
     "maildir": "opened mail goes to a Maildir on this machine: you alone can read it",
 }
+NEARLY_FULL = 0.9       # of a quota
 _USEFUL = ("PIPELINING", "8BITMIME", "SMTPUTF8", "DSN", "SIZE")
 
 
@@ -118,8 +119,57 @@ async def _folders(what: str, account: AccountConfig, box: Mailbox, newest: Muta
     if not found:
         yield Finding(f"{what}: folders", State.FAULT, "none of them is there, so nothing is watched", "set folders")
         return
+    yield await _room(what, account, box, found)
     selected = await box.select(found[0], read_only=True)
     yield ok(f"{what}: folders", f"{', '.join(folder.name for folder in found)}; {selected.exists} messages in the first")
     if selected.uidnext > 1 and (last := await box.search_after(selected.uidnext - 2)):
         for peeked in await box.peek_headers(last[-1:]):
             newest[account.name] = peeked.internal_date_ms
+
+
+async def _room(what: str, account: AccountConfig, box: Mailbox, folders: Sequence[Folder]) -> Finding:
+    """How full the mailbox is, and whether the copies of what is sealed there still fit beside the originals."""
+    what = f"{what}: room"
+    try:
+        quotas = await box.quotas("INBOX")
+    except MailboxError as error:
+        if box.lost.is_set():
+            raise
+        return warning(what, f"its server does not say how much there is ({error.code})", "ask the mail provider")
+    if not quotas:
+        return ok(what, "its server tells of no limit")
+    full = ", ".join(_how_full(quota) for quota in quotas)
+    if account.deliver == "maildir":
+        return ok(what, f"{full}; opened mail needs none there")
+    if all(quota.left >= max(quota.used, 1) for quota in quotas):      # room for a second copy of everything
+        return ok(what, full)
+    sealed = await _sealed_sizes(box, folders)
+    need = {"STORAGE": sum(sealed), "MESSAGE": len(sealed)}
+    short = [quota for quota in quotas if need[quota.resource] > quota.left]
+    if short:
+        return warning(what, f"{full}: too little to open the {len(sealed)} sealed messages there beside their originals",
+                       "make room, or set keep_sealed_days; what does not fit stays sealed and is tried again")
+    if any(quota.used >= NEARLY_FULL * quota.limit for quota in quotas):
+        return warning(what, f"{full}: each mail needs room twice, sealed and opened", "make room, or set keep_sealed_days")
+    return ok(what, full)
+
+
+async def _sealed_sizes(box: Mailbox, folders: Sequence[Folder]) -> list[int]:
+    """In bytes, of the messages with our mark on the outside; opened ones bear another."""
+    sizes: list[int] = []
+    for folder in folders:
+        await box.select(folder, read_only=True)
+        uids = await box.search('HEADER Malote "1" NOT HEADER Malote-Verdict ""')
+        sizes += (await box.sizes(uids)).values()
+    return sizes
+
+
+def _how_full(quota: Quota) -> str:
+    share = f"{100 * quota.used // quota.limit} % full" if quota.limit else "no room at all"
+    if quota.resource == "MESSAGE":
+        return f"{share}, {quota.used} of {quota.limit} messages"
+    return f"{share}, {_size(quota.used)} of {_size(quota.limit)}"
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"

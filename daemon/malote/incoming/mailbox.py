@@ -26,8 +26,10 @@ from malote.incoming.imap_folders import Folder, Folders, FolderStatus
 from malote.incoming.imap_login import MailClient, Password, open_connection
 from malote.incoming.imap_parse import Part, Status
 from malote.incoming.imap_protocol import MAX_LITERAL
+from malote.incoming.imap_quota import Quota, read_quotas
 
-__all__ = ["AppendItem", "Appended", "Fetched", "Folder", "FolderStatus", "Mailbox", "Part", "Peeked", "Selected", "appendable"]
+__all__ = ["AppendItem", "Appended", "Fetched", "Folder", "FolderStatus", "Mailbox", "Part", "Peeked", "Quota", "Selected",
+           "appendable"]
 
 COMMAND_SECONDS = 120.0     # without a byte moving; MOVE and APPEND into a large folder take a while on slow disks
 SEARCH_SECONDS = 600.0      # a search in headers that the server has not indexed reads every message
@@ -124,6 +126,10 @@ class Mailbox(Reader):
     async def status(self, folder: str | Folder) -> FolderStatus:
         """Counters of a folder without opening it (RFC 3501 6.3.10). Not meant for the one that is selected."""
         return await self._folders.status(await self._known(folder))
+
+    async def quotas(self, folder: str | Folder) -> list[Quota]:
+        """The limits that hold for a folder (RFC 9208); none where the server knows of none."""
+        return await read_quotas(self._protocol, await self._known(folder), self._seconds)
 
     async def _known(self, folder: str | Folder) -> Folder:
         if isinstance(folder, Folder):
