@@ -13,12 +13,14 @@ by pid. Several of each may run side by side.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import shutil
 import signal
 import socket
 import ssl
 import subprocess
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -37,9 +39,12 @@ class LabError(Exception):
 
 
 def free_port() -> int:
-    """A port that is free now. Below the ephemeral range, so that no outgoing connection takes it meanwhile."""
+    """A port that is free, and that no other process of a lab is given until this one ends. Below the ephemeral range, so that no
+    outgoing connection takes it meanwhile."""
     for _ in range(1000):
         port = 10_000 + int.from_bytes(os.urandom(2), "big") % 20_000
+        if not _reserve(port):
+            continue
         with socket.socket() as probe:
             try:
                 probe.bind((HOST, port))
@@ -47,6 +52,25 @@ def free_port() -> int:
                 continue
             return port
     raise LabError("no free port")
+
+
+_reserved: set[int] = set()     # ports given out here: the kernel's lock does not keep a process from taking it twice
+_reservations: list[int] = []   # the one open file
+
+
+def _reserve(port: int) -> bool:
+    """One byte of a file is locked for each port; the kernel lets go of them when this process ends, in whatever way."""
+    if port in _reserved:
+        return False
+    if not _reservations:
+        name = Path(tempfile.gettempdir(), f"malote-lab-ports-{os.getuid()}")
+        _reservations.append(os.open(name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600))
+    try:
+        fcntl.lockf(_reservations[0], fcntl.LOCK_EX | fcntl.LOCK_NB, 1, port)
+    except OSError:
+        return False
+    _reserved.add(port)
+    return True
 
 
 def wait_for_port(port: int, *, process: subprocess.Popen[bytes] | None = None, log: Path | None = None) -> None:
