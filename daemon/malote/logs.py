@@ -22,6 +22,7 @@ from typing import Any, TextIO
 import structlog
 
 from malote.config import LogConfig
+from malote.terminal import fitted
 
 ADDRESS_FIELDS = ("address", "addresses", "sender", "recipient", "recipients", "login", "username", "mail_from", "rcpt_to")
 # aiosmtpd logs DATA lines and AUTH on "mail.log" and "mail.debug", aioimaplib each chunk received on its own
@@ -96,8 +97,7 @@ def configure_logs(config: LogConfig, *, held: bool = False) -> None:
     if not config.addresses:
         processors.append(_drop_addresses)
     processors.append(_name_exceptions)
-    processors.append(structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty()) if text
-                      else structlog.processors.JSONRenderer(serializer=lambda event, **_: _encode(event)))
+    processors.append(_for_people() if text else structlog.processors.JSONRenderer(serializer=lambda event, **_: _encode(event)))
     structlog.configure(
         processors=processors,
         wrapper_class=structlog.make_filtering_bound_logger(level),
@@ -108,6 +108,13 @@ def configure_logs(config: LogConfig, *, held: bool = False) -> None:
     logging.getLogger(OURS).setLevel(level)
     for name in SILENCED:
         logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def _for_people() -> Any:
+    """Text, broken between words where the terminal is narrower than the line."""
+    stream = sys.stderr
+    render = structlog.dev.ConsoleRenderer(colors=stream.isatty(), pad_event_to=0)
+    return lambda logger, method, event: fitted(str(render(logger, method, event)), stream, indent=4)
 
 
 def hook_uncaught() -> None:

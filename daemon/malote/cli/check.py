@@ -19,6 +19,7 @@ from malote.config import Config, config_faults
 from malote.core.policy import rule_faults
 from malote.errors import ConfigError, ExitCode, MaloteError
 from malote.store import Store
+from malote.terminal import fitted
 
 Say = Callable[[Finding], None]
 COLOURS = {State.OK: "green", State.WARNING: "yellow", State.FAULT: "red"}
@@ -83,7 +84,8 @@ async def _check_all(config: Config, store_path: Path, say: Say) -> bool:
 
 async def _said_while_waiting(title: str, findings: Findings) -> Findings:
     """Servers that do not answer take half a minute each; who sits at a terminal is told what is being waited for."""
-    waiting = sys.stderr.isatty() and title.startswith(("sending", "account "))
+    # both: what a pipe shows a moment later would land in the middle of it
+    waiting = sys.stderr.isatty() and sys.stdout.isatty() and title.startswith(("sending", "account "))
     while True:
         if waiting:
             click.echo(f"...      {title}: waiting for the server", err=True, nl=False)
@@ -121,7 +123,9 @@ def _probes(config: Config, store: Store | None, error: MaloteError | None, path
 
 def _say(finding: Finding) -> None:
     word = click.style(f"{finding.state:<7}", fg=COLOURS[finding.state])
-    click.echo(f"{word}  {finding.what}: {finding.text}" + (f"\n           -> {finding.cure}" if finding.cure else ""))
+    click.echo(fitted(f"{word}  {finding.what}: {finding.text}", sys.stdout, indent=9))
+    if finding.cure:
+        click.echo(fitted(f"           -> {finding.cure}", sys.stdout, indent=3))
 
 
 def _say_json(finding: Finding) -> None:

@@ -17,6 +17,7 @@ import click
 from malote import __version__
 from malote.cli.settings import Settings
 from malote.errors import ExitCode, MaloteError
+from malote.terminal import fitted
 
 COMMANDS = {       # in the order in which they are first needed
     "init": "malote.cli.init:init",
@@ -89,6 +90,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _say(message: str, hint: str) -> None:
-    click.echo(f"malote: {message}", err=True)
+    click.echo(fitted(f"malote: {message}", sys.stderr, indent=8), err=True)
     if hint:
-        click.echo(f"malote: hint: {hint}", err=True)
+        click.echo(fitted(f"malote: hint: {hint}", sys.stderr, indent=8), err=True)
