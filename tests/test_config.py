@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import tomllib
+from importlib import resources
 from pathlib import Path
 from typing import Any, get_args
 
@@ -13,7 +14,7 @@ from pydantic import BaseModel
 from malote.config import Config, Security, config_faults, load_config, parse_config
 from malote.errors import ConfigError, ExitCode
 
-EXAMPLE = Path(__file__).parent.parent / "config" / "malote.example.toml"
+EXAMPLE = Path(str(resources.files("malote"))) / "malote.example.toml"
 ACCOUNT = {"name": "a", "host": "imap.example.org", "username": "a@example.org", "deliver": "replace", "password_file": "/p"}
 
 

@@ -1,4 +1,4 @@
-"""The configuration: read once, strict, typed. `config/malote.example.toml` lists every key at its default.
+"""The configuration: read once, strict, typed. `malote.example.toml` beside this file lists every key at its default.
 
 An unknown key, section or value is a `ConfigError` that names file and key. Secrets are never in this file: only the paths of
 the files that hold them (0600 enforced where they are read) or the names of systemd credentials.
@@ -179,7 +179,7 @@ def load_config(path: Path) -> Config:
         table = tomllib.loads(text)
     except FileNotFoundError as error:
         raise ConfigError(f"{path}: there is no such file",
-                          hint="malote init ADDRESS writes one; config/malote.example.toml lists every key") from error
+                          hint="malote init ADDRESS writes one; malote init --example lists every key") from error
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
     except UnicodeDecodeError as error:

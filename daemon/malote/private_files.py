@@ -43,6 +43,19 @@ def read_credential(name: str, *, error: type[MaloteError] = SecretUnavailable) 
     return _checked(data, str(path), error)
 
 
+def write_private_file(path: Path, data: bytes) -> None:
+    """A new file for its owner alone, on the disk when this returns. Raises `OSError`; then there is nothing of it."""
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+    except BaseException:       # half of it would be taken for the whole, and be in the way of the next attempt
+        path.unlink(missing_ok=True)
+        raise
+
+
 def _read(path: Path, error: type[MaloteError]) -> tuple[bytes, os.stat_result]:
     try:
         handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)      # NONBLOCK: a FIFO must not hang the start

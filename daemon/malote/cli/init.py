@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import re
 import sys
+from importlib import resources
 from pathlib import Path
 
 import click
@@ -13,6 +13,7 @@ from malote.cli.settings import check_reachable, is_missing
 from malote.config import load_config
 from malote.core.address import canonical_address
 from malote.errors import ConfigError
+from malote.private_files import write_private_file
 
 _SERVER = re.compile(r"(?P<host>\[[0-9A-Fa-f:.]+\]|[^\s:\[\]\"\\]+)(?::(?P<port>\d{1,5}))?")
 _TLS_PORTS = (465, 993)         # RFC 8314: TLS from the first byte
@@ -24,7 +25,7 @@ DELIVER = """Where should opened mail go?
             provider can read it
   maildir   a Maildir on this machine: you alone can read it"""
 
-TEMPLATE = """# Written by `malote init`. Every key there is, with its default: config/malote.example.toml in the source.
+TEMPLATE = """# Written by `malote init`. Every key there is, with its default: malote init --example
 # After a change: malote check
 
 [keys]
@@ -49,8 +50,16 @@ deliver = {deliver}
 """
 
 
+def _print_example(context: click.Context, _parameter: click.Parameter, wanted: bool) -> None:
+    if wanted and not context.resilient_parsing:
+        click.echo(resources.files("malote").joinpath("malote.example.toml").read_text("utf-8"), nl=False)
+        context.exit()
+
+
 @click.command(short_help="Write the configuration for ADDRESS; asks for what it needs.")
 @click.argument("address")
+@click.option("--example", is_flag=True, is_eager=True, expose_value=False, callback=_print_example,
+              help="Print the example instead: every key, with its default and what it is for.")
 @click.option("--smtp", metavar="HOST[:PORT]", help="Your mail server for sending (port 587 unless given).")
 @click.option("--imap", metavar="HOST[:PORT]", help="Your mail server for reading (port 993 unless given); \"\" for none.")
 @click.option("--username", help="The login at the IMAP server, if it is not the address.")
@@ -99,7 +108,12 @@ def init(context: click.Context, address: str, smtp: str | None, imap: str | Non
         raise ConfigError(f"{target.parent}: cannot be made ({error.strerror})") from error
     if password:
         _write_private(password_file, password)
-    _write_private(target, text)
+    try:
+        _write_private(target, text)
+    except ConfigError:
+        if password:        # or the next attempt would find it in the way
+            password_file.unlink(missing_ok=True)
+        raise
     load_config(target)     # what was written can be read
     click.echo(f"malote: wrote {target}", err=True)
     click.echo(f"malote: next: malote keys new {address}, then malote check\n"
@@ -133,10 +147,9 @@ def _quoted(text: str) -> str:
 
 def _write_private(path: Path, text: str) -> None:
     try:
-        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
+        write_private_file(path, text.encode())
     except FileExistsError as error:
         raise ConfigError(f"{path}: is there already, nothing was written", hint="move it away and try again") from error
     except OSError as error:
-        raise ConfigError(f"{path}: cannot be written ({error.strerror})") from error
+        raise ConfigError(f"{path}: cannot be written ({error.strerror})",
+                          hint="make that possible, then malote init again") from error
