@@ -17,6 +17,7 @@ from malote.core.card import Card, check_succession
 from malote.core.identity import Identity, merge_decryption_keys
 from malote.core.keyring import MAX_BACKUP_BYTES, Backup, BackupCard, KeyringKey, open_backup, seal_backup, unlock_identity
 from malote.errors import KeyMissing, KeyRefused
+from malote.private_files import write_private_file
 from malote.store import Level, Store
 
 PASSPHRASE_FILE = click.option("--passphrase-file", type=click.Path(path_type=Path), metavar="PATH",
@@ -59,15 +60,10 @@ def _passphrase(path: Path | None, *, new: bool) -> bytes:
 
 
 def _write_private(path: Path, data: bytes) -> None:
-    """A new file, on the disk when this returns, for its owner alone."""
     try:
-        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+        write_private_file(path, data)
     except OSError as error:
-        raise click.ClickException(f"{path}: cannot be written ({error.strerror})") from error
+        raise click.ClickException(f"{path}: cannot be written ({error.strerror}), there is no backup") from error
 
 
 @dataclass(frozen=True, slots=True)

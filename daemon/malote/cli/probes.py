@@ -16,6 +16,7 @@ from pathlib import Path
 
 from malote.cli.findings import Finding, Findings, State, fault, ok, warning
 from malote.cli.keystore import describe, now_ms, show_date
+from malote.cli.settings import is_missing
 from malote.cli.unlock import read_passphrase
 from malote.config import Config, KeysConfig, ListenerConfig
 from malote.core.address import domain_of
@@ -148,7 +149,7 @@ def _others_read(path: Path) -> bool:
 def _place(what: str, listener: ListenerConfig) -> Finding:
     if listener.socket is not None:
         parent = listener.socket.parent
-        if not parent.is_dir() or not os.access(parent, os.W_OK):
+        if not os.path.isdir(parent) or not os.access(parent, os.W_OK):     # noqa: PTH112 -- Path.is_dir raises, for some faults
             return Finding(what, State.FAULT, f"{parent}: no directory that this user can write",
                            "RuntimeDirectory= of the unit, or mkdir")
         return ok(what, "its directory can be written")
@@ -224,8 +225,8 @@ async def clock_probe(store: Store | None, newest: Mapping[str, int]) -> Finding
 def check_maildir(path: Path) -> None:
     """Raises `ConfigError` if mail cannot be put there."""
     place = path
-    while not place.exists():
+    while is_missing(place) and place != place.parent:
         place = place.parent
-    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+    if not os.path.isdir(place) or not os.access(place, os.W_OK | os.X_OK):     # noqa: PTH112 -- as above
         raise ConfigError(f"{place}: no directory that this user can write",
                           hint="ReadWritePaths= of the unit, or another maildir")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import time
 from pathlib import Path
 from typing import BinaryIO
@@ -16,6 +15,7 @@ from malote.core.address import canonical_address
 from malote.errors import ConfigError
 from malote.identities import open_identities
 from malote.outgoing.offline import SealedCopy, seal_offline
+from malote.private_files import write_private_file
 from malote.store import Store
 
 
@@ -54,14 +54,15 @@ async def _seal(settings: Settings, submitted: bytes, recipients: list[str]) -> 
 
 
 def _write_all(copies: list[SealedCopy], directory: Path) -> None:
+    path = directory
     try:
         directory.mkdir(parents=True, exist_ok=True, mode=0o700)
         for number, copy in enumerate(copies, 1):
             path = directory / f"sealed-{number}.eml"
-            with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "wb") as file:
-                file.write(copy.raw)
+            write_private_file(path, copy.raw)
             click.echo(f"malote: {path}: sealed for {', '.join(copy.recipients)}", err=True)
     except FileExistsError as error:
         raise ConfigError(f"{error.filename}: is there already, not overwritten", hint="name an empty directory") from error
     except OSError as error:
-        raise ConfigError(f"{error.filename}: cannot be written ({error.strerror})") from error
+        raise ConfigError(f"{error.filename or path}: cannot be written ({error.strerror})",
+                          hint="the copies named above are written, no other is") from error
