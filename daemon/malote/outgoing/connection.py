@@ -21,7 +21,7 @@ Then = Callable[["UpstreamConnection"], "asyncio.Future[Reply]"]
 
 BLOCK_BYTES = 256 * 1024    # one write of a message body; the block timer of RFC 5321 4.5.3.2.5 restarts with each
 
-# LMTP answers per recipient: this one, told by `is`, stands for an answer that never came after others had.
+# LMTP answers per recipient: this one stands for an answer that never came after others had.
 IN_DOUBT = Reply(451, "4.4.2", "Connection lost before the answer, try again later")
 
 _NO_SMTPUTF8 = Reply(553, "5.6.7", "The next mail server does not take addresses with letters beyond ASCII")
