@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import shutil
 import smtplib
-from collections.abc import Collection, Iterator
+from collections.abc import Awaitable, Callable, Collection, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -268,6 +268,47 @@ class Trio:
         return self.subjects()
 
 
+async def original_taken_away(box: Box, monkeypatch: pytest.MonkeyPatch, names: tuple[str, ...]) -> Trio:
+    """A person files the original when all devices have their copies there: as many copies are left, and a contest."""
+    trio = Trio(box)
+    await trio.start(names)
+    box.client.put(box.seal(note("contested", to=box.user)))
+    filed = asyncio.Event()
+    together(monkeypatch, "append_many", len(names))
+    arrived = [held(monkeypatch, "move", watcher, filed) for watcher in trio.watchers]
+    running = [asyncio.create_task(watcher.run_once()) for watcher in trio.watchers]
+    for event in arrived:
+        await event.wait()
+    assert box.client.move(box.client.uids("INBOX", "HEADER Malote 1")[0], "Drafts")
+    filed.set()
+    await asyncio.gather(*running)
+    monkeypatch.undo()
+    assert trio.subjects() == ["contested"] * len(names), "for the moment"
+    return trio
+
+
+async def lost_race(box: Box, monkeypatch: pytest.MonkeyPatch) -> tuple[Trio, Callable[[], Awaitable[None]]]:
+    """The first of two devices is about to find its MOVE lost: both copies are there. What is returned lets it go on."""
+    trio = Trio(box)
+    await trio.start((NAMES[0], NAMES[2]))
+    loser, winner = trio.watchers
+    box.client.imap.create("Filed")
+    box.client.put(box.seal(note("contested", to=box.user)))
+    won = asyncio.Event()
+    together(monkeypatch, "append_many", 2)
+    at_move = held(monkeypatch, "move", loser, won)
+    losing, winning = asyncio.create_task(loser.run_once()), asyncio.create_task(winner.run_once())
+    await at_move.wait()
+    await winning
+
+    async def go_on() -> None:
+        won.set()
+        await losing
+        monkeypatch.undo()
+
+    return trio, go_on
+
+
 ORDERS = [(0, 1, 2), (1, 2, 0), (2, 0, 1)]
 
 
@@ -300,41 +341,9 @@ async def test_two_losers_and_a_winner_who_saw_their_copies(box: Box, monkeypatc
 async def test_an_original_taken_from_under_three_devices(box: Box, monkeypatch: pytest.MonkeyPatch,
                                                           order: tuple[int, ...]) -> None:
     """A person files the sealed message when all three have their copies there: one after the other yields, and not the last."""
-    trio = Trio(box)
-    await trio.start(tuple(NAMES[number] for number in order))
-    box.client.put(box.seal(note("three", to=box.user)))
-    filed = asyncio.Event()
-    together(monkeypatch, "append_many", 3)
-    arrived = [held(monkeypatch, "move", watcher, filed) for watcher in trio.watchers]
-    running = [asyncio.create_task(watcher.run_once()) for watcher in trio.watchers]
-    for event in arrived:
-        await event.wait()
-    assert box.client.move(box.client.uids("INBOX", "HEADER Malote 1")[0], "Drafts")
-    filed.set()
-    await asyncio.gather(*running)
-    assert trio.subjects() == ["three"] * 3, "for the moment"
-    monkeypatch.undo()
+    trio = await original_taken_away(box, monkeypatch, tuple(NAMES[number] for number in order))
     together(monkeypatch, "expunge", 2)
-    assert await trio.settle() == ["three"]
-
-
-async def two_copies(box: Box, monkeypatch: pytest.MonkeyPatch) -> Trio:
-    """The person files the original when both devices have their copies there: two are left, and a contest."""
-    trio = Trio(box)
-    await trio.start((NAMES[0], NAMES[2]))
-    box.client.put(box.seal(note("two", to=box.user)))
-    filed = asyncio.Event()
-    together(monkeypatch, "append_many", 2)
-    arrived = [held(monkeypatch, "move", watcher, filed) for watcher in trio.watchers]
-    running = [asyncio.create_task(watcher.run_once()) for watcher in trio.watchers]
-    for event in arrived:
-        await event.wait()
-    assert box.client.move(box.client.uids("INBOX", "HEADER Malote 1")[0], "Drafts")
-    filed.set()
-    await asyncio.gather(*running)
-    monkeypatch.undo()
-    assert trio.subjects() == ["two"] * 2
-    return trio
+    assert await trio.settle() == ["contested"]
 
 
 @pytest.mark.parametrize("name", NAMES[::2])
@@ -342,7 +351,7 @@ async def two_copies(box: Box, monkeypatch: pytest.MonkeyPatch) -> Trio:
 async def test_a_copy_that_a_person_throws_away_is_not_the_one_that_stays(box: Box, monkeypatch: pytest.MonkeyPatch, name: str,
                                                                           way: str) -> None:
     """Somebody sees a message twice and deletes one: the program must not take the other one back for it."""
-    trio = await two_copies(box, monkeypatch)
+    trio = await original_taken_away(box, monkeypatch, (NAMES[0], NAMES[2]))
     [uid] = box.client.uids("INBOX", f'HEADER Malote-Mark "-{name}"')
     if way == "trash":
         box.client.imap.create("Trash")
@@ -354,12 +363,12 @@ async def test_a_copy_that_a_person_throws_away_is_not_the_one_that_stays(box: B
     if way == "deleted":
         box.client.select()
         box.client.imap.expunge()
-    assert trio.subjects() == ["two"]
+    assert trio.subjects() == ["contested"]
 
 
 async def test_a_copy_yields_only_to_the_same(box: Box, monkeypatch: pytest.MonkeyPatch) -> None:
     """The other device died before it could see that the server had changed what it stored."""
-    trio = await two_copies(box, monkeypatch)
+    trio = await original_taken_away(box, monkeypatch, (NAMES[0], NAMES[2]))
     [uid] = box.client.uids("INBOX", f'HEADER Malote-Mark "-{NAMES[0]}"')
     raw = box.client.fetch()[box.client.uids().index(uid)]
     box.client.imap.uid("STORE", str(uid), "+FLAGS", "\\Deleted")
@@ -372,17 +381,7 @@ async def test_a_copy_yields_only_to_the_same(box: Box, monkeypatch: pytest.Monk
 
 async def test_a_losers_copy_that_a_person_files_while_it_looks(box: Box, monkeypatch: pytest.MonkeyPatch) -> None:
     """The loser has looked into the other folder already when its own copy goes there, and so does not find it: not for good."""
-    trio = Trio(box)
-    await trio.start((NAMES[0], NAMES[2]))
-    loser, winner = trio.watchers
-    box.client.imap.create("Filed")
-    box.client.put(box.seal(note("two", to=box.user)))
-    won = asyncio.Event()
-    together(monkeypatch, "append_many", 2)
-    at_move = held(monkeypatch, "move", loser, won)
-    losing, winning = asyncio.create_task(loser.run_once()), asyncio.create_task(winner.run_once())
-    await at_move.wait()
-    await winning
+    trio, go_on = await lost_race(box, monkeypatch)
 
     def file(name: str) -> None:
         [uid] = box.client.uids("INBOX", f'HEADER Malote-Mark "-{name}"')
@@ -399,29 +398,15 @@ async def test_a_losers_copy_that_a_person_files_while_it_looks(box: Box, monkey
         return await copies_in(self, session, folder, messages)
 
     monkeypatch.setattr(ImapDelivery, "_copies_in", filed_meanwhile)
-    won.set()
-    await losing
-    monkeypatch.undo()
+    await go_on()
     assert len(box.client.uids("Filed")) == 2, "for the moment"
     assert await trio.settle() == []
-    assert [message["Subject"] for message in box.client.messages("Filed")] == ["two"]
+    assert [message["Subject"] for message in box.client.messages("Filed")] == ["contested"]
 
-
-# --- many ---
 
 async def test_a_losers_copy_that_a_person_files_as_it_is_taken_back(box: Box, monkeypatch: pytest.MonkeyPatch) -> None:
     """Between the loser's look and its withdrawal: it finds nothing there to take back, and comes to it later."""
-    trio = Trio(box)
-    await trio.start((NAMES[0], NAMES[2]))
-    loser, winner = trio.watchers
-    box.client.imap.create("Filed")
-    box.client.put(box.seal(note("two", to=box.user)))
-    won = asyncio.Event()
-    together(monkeypatch, "append_many", 2)
-    at_move = held(monkeypatch, "move", loser, won)
-    losing, winning = asyncio.create_task(loser.run_once()), asyncio.create_task(winner.run_once())
-    await at_move.wait()
-    await winning
+    trio, go_on = await lost_race(box, monkeypatch)
     withdraw = ImapDelivery.withdraw
 
     async def filed_first(self: ImapDelivery, session: Session, copy: Copy) -> bool:
@@ -430,14 +415,14 @@ async def test_a_losers_copy_that_a_person_files_as_it_is_taken_back(box: Box, m
         return await withdraw(self, session, copy)
 
     monkeypatch.setattr(ImapDelivery, "withdraw", filed_first)
-    won.set()
-    await losing
-    monkeypatch.undo()
+    await go_on()
     assert len(box.client.uids("Filed")) == 1, "for the moment"
     await trio.settle()
     left = [str(message["Subject"]) for folder in ("INBOX", "Filed") for message in box.client.messages(folder)]
-    assert left == ["two"]
+    assert left == ["contested"]
 
+
+# --- many ---
 
 @pytest.mark.parametrize("deliver", ["replace", "maildir"])
 async def test_a_flood_of_repeats_is_fetched_once(box: Box, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
