@@ -7,6 +7,7 @@ what to do next; the exit code says which kind it was (docs/operating.md). Subco
 from __future__ import annotations
 
 import importlib
+import logging
 import sys
 import traceback
 from collections.abc import Sequence
@@ -61,6 +62,7 @@ def cli(context: click.Context, config_path: Path | None) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; the exit code."""
+    logging.basicConfig(handlers=[_Warnings()])     # `malote run` puts the log of the daemon in its place
     try:
         code = cli.main(arguments, prog_name="malote", standalone_mode=False)
     except MaloteError as error:
@@ -87,6 +89,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         click.echo("".join(traceback.format_tb(error.__traceback__)), err=True, nl=False)
         return int(ExitCode.FAILED)
     return code if isinstance(code, int) else int(ExitCode.OK)
+
+
+class _Warnings(logging.Handler):
+    """What the store warns of. Its errors end the command, which says them; libraries put mail into theirs, which nobody sees."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.name.startswith("malote.") and record.levelno == logging.WARNING:
+            _say(record.getMessage(), "")
 
 
 def _say(message: str, hint: str) -> None:

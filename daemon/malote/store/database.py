@@ -102,7 +102,8 @@ def unavailable(cause: BaseException) -> MaloteError:
         return cause
     original = cause.orig if isinstance(cause, DBAPIError) else cause
     code = getattr(original, "sqlite_errorcode", None)
-    error = StoreUnavailable(_TEXTS.get(code & 0xFF if isinstance(code, int) else None, "the store cannot be used"))
+    kind = code & 0xFF if isinstance(code, int) else None
+    error = StoreUnavailable(_TEXTS.get(kind, "the store cannot be used"), hint=_HINTS.get(kind, ""))
     error.__cause__ = cause
     return error
 
@@ -117,6 +118,21 @@ _TEXTS: dict[int | None, str] = {
     sqlite3.SQLITE_IOERR: "the disk of the store reports an error",
     sqlite3.SQLITE_CORRUPT: "the store is damaged",
     sqlite3.SQLITE_NOTADB: "the store file is not a store",
+}
+
+
+_AGAIN = "try again in a moment; malote run or another command is writing to it"
+_RESTORE = "put a copy of it in the place of store.path, or begin anew with malote keys restore (docs/operating.md, Backup)"
+_HINTS: dict[int | None, str] = {
+    sqlite3.SQLITE_FULL: "make room on that disk, then try again",
+    sqlite3.SQLITE_BUSY: _AGAIN,
+    sqlite3.SQLITE_LOCKED: _AGAIN,
+    sqlite3.SQLITE_READONLY: "the user that runs malote must be able to write store.path, also its disk",
+    sqlite3.SQLITE_CANTOPEN: "malote check says what is wrong with its place",
+    sqlite3.SQLITE_PERM: "it must belong to the user that runs malote",
+    sqlite3.SQLITE_IOERR: "see whether that disk is full or failing, then try again",
+    sqlite3.SQLITE_CORRUPT: _RESTORE,
+    sqlite3.SQLITE_NOTADB: _RESTORE,
 }
 
 
