@@ -54,6 +54,24 @@ async def test_news_is_opened_as_it_comes(box: Box) -> None:
     assert watcher.state == "stopped"
 
 
+async def test_idle_is_begun_again(box: Box, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After `idle_seconds` without news, before a server ends the connection for it (RFC 2177: 29 minutes); on the same one."""
+    idle, rounds = Mailbox.idle, []
+
+    async def counted(self: Mailbox, seconds: float) -> bool:
+        rounds.append((self, seconds))
+        return await idle(self, min(seconds, 0.1))
+
+    monkeypatch.setattr(Mailbox, "idle", counted)
+    watcher = await box.watcher(await box.open_store(), idle_seconds=60)
+    async with running(watcher):
+        await until(lambda: len(rounds) >= 3)
+        box.client.put(box.seal())
+        await until(lambda: verdicts(box.client.messages()) == ["FRESH"])
+    assert {seconds for _, seconds in rounds} == {60}
+    assert len({id(mailbox) for mailbox, _ in rounds}) == 1
+
+
 async def test_polling_where_idle_is_missing(box: Box, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Mailbox, "has_idle", property(lambda self: False))
     watcher = await box.watcher(await box.open_store(), poll_seconds=0.3)
@@ -206,6 +224,38 @@ async def test_a_message_that_is_not_our_copy_is_never_deleted(box: Box, monkeyp
     assert "another" in [message["Subject"] for message in box.client.messages()]
     assert verdicts(box.client.messages()) == ["None", "FRESH"]
     assert len(box.client.uids(SEALED)) == 1
+
+
+@pytest.mark.parametrize("deliver", ["replace", "folder", "maildir"])
+async def test_an_original_that_the_server_does_not_move(box: Box, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                         deliver: str) -> None:
+    """It was opened: it is tried again to move it away, and never opened a second time, whatever the server takes long for."""
+    box.client.put(box.seal())
+    move, late = Mailbox.move, [0]
+
+    async def refused(*_arguments: object) -> dict[int, int]:
+        raise MailboxError("refused", code="NOPERM")
+
+    monkeypatch.setattr(Mailbox, "move", refused)
+    store, directory = await box.open_store(), tmp_path / "mail"
+    watcher = await box.watcher(store, deliver=deliver, maildir=directory, clock=lambda: now_ms() + late[0])
+
+    def opened() -> int:
+        if deliver == "maildir":
+            return len(list((directory / "new").iterdir()))
+        return verdicts(box.client.messages("INBOX" if deliver == "replace" else "Malote/Opened")).count("FRESH")
+
+    for number in range(1, 4):
+        await watcher.run_once()
+        assert opened() == 1
+        [attempt] = await store.attempts("box", "INBOX")
+        assert (attempt.count, attempt.reason) == (number, "NOPERM")
+        late[0] += DAY
+    monkeypatch.setattr(Mailbox, "move", move)
+    await watcher.run_once()
+    assert opened() == 1
+    assert len(box.client.uids(SEALED) + box.client.uids(QUARANTINE)) == 1
+    assert await store.attempts("box", "INBOX") == []
 
 
 async def test_flags_that_cannot_be_set_do_not_stop_the_folder(box: Box, monkeypatch: pytest.MonkeyPatch) -> None:
