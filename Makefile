@@ -13,7 +13,7 @@ KEEP ?=
 NAME ?=
 export PYTHONDONTWRITEBYTECODE := 1
 
-.PHONY: demo test test-long bench lock lint setup debian clean
+.PHONY: demo test test-long bench lock lint setup debian servers clean
 .DEFAULT_GOAL := help
 
 help:
@@ -23,6 +23,9 @@ setup: debian $(VENV)/.installed
 
 debian:
 	@sh tests/lab/debian-packages.sh $(PYTHON)
+
+servers: debian
+	@sh tests/lab/debian-servers.sh .lab
 
 $(VENV)/.installed: constraints.txt pyproject.toml | debian
 	$(PYTHON) -c 'import sys; sys.exit("malote needs Python 3.11 or newer, this is " + sys.version) if sys.version_info < (3, 11) else None'
@@ -39,10 +42,10 @@ lint: setup
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-test: lint
+test: lint servers
 	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile -m "not long"
 
-test-long: lint
+test-long: lint servers
 	MALOTE_TEST_PROFILE=long $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --timeout 3600
 
 bench: setup
