@@ -154,7 +154,9 @@ class Client:
         self.reader, self.writer = reader, writer
 
     def send(self, data: bytes) -> None:
-        self.writer.write(data)
+        """Nothing once the server has hung up: uvloop would raise, asyncio would not."""
+        if not self.writer.is_closing():
+            self.writer.write(data)
 
     async def reply(self) -> str:
         """One whole reply, lines joined by LF; "" at the end of the connection."""

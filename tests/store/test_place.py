@@ -13,6 +13,7 @@ from malote.core.freshness import Arrival, Claim, FreshnessLimits, Verdict
 from malote.errors import ExitCode, StoreUnavailable
 from malote.store import SendIntent, Store
 from malote.store.database import FILE_NAME
+from malote.store.migrate import MADE_NAME
 
 BOB = "bob@b.example"
 
@@ -26,7 +27,7 @@ async def test_directory_and_files_are_ours_alone(tmp_path: Path) -> None:
         await store.close()
     finally:
         os.umask(old)
-    assert modes == dict.fromkeys((FILE_NAME, f"{FILE_NAME}-wal", f"{FILE_NAME}-shm"), 0o600)
+    assert modes == dict.fromkeys((FILE_NAME, f"{FILE_NAME}-wal", f"{FILE_NAME}-shm", MADE_NAME), 0o600)
     assert stat.S_IMODE((tmp_path / "deep" / "store").stat().st_mode) == 0o700
 
 
@@ -47,6 +48,33 @@ async def test_a_file_open_to_others_is_refused(tmp_path: Path) -> None:
     (tmp_path / "store" / FILE_NAME).chmod(0o644)
     with pytest.raises(StoreUnavailable, match="other users"):
         await Store.open(tmp_path / "store")
+
+
+@pytest.mark.parametrize("loss", ["removed", "emptied"])
+async def test_a_lost_store_is_not_replaced_by_a_new_one(tmp_path: Path, loss: str) -> None:
+    """A new one would take every repeat for fresh, and forget to whom mail must be sealed."""
+    place, file = tmp_path / "store", tmp_path / "store" / FILE_NAME
+    await (await Store.open(place)).close()
+    if loss == "removed":
+        file.unlink()
+    else:
+        file.write_bytes(b"")
+    for _ in range(2):
+        with pytest.raises(StoreUnavailable, match="gone or empty") as caught:
+            await Store.open(place)
+    assert caught.value.hint.endswith(f"rm {place / MADE_NAME}")
+    with pytest.raises(StoreUnavailable, match="is empty"):
+        await Store.open(place, readonly=True)
+    (place / MADE_NAME).unlink()
+    await (await Store.open(place)).close()
+
+
+async def test_an_empty_file_of_a_first_start_that_was_cut_short(tmp_path: Path) -> None:
+    place = tmp_path / "store"
+    place.mkdir(mode=0o700)
+    (place / FILE_NAME).touch(mode=0o600)
+    await (await Store.open(place)).close()
+    assert (place / MADE_NAME).exists()
 
 
 async def test_links_are_refused(tmp_path: Path) -> None:
@@ -80,6 +108,7 @@ async def test_the_administrator_leaves_no_files_of_their_own(tmp_path: Path) ->
     await (await Store.open(tmp_path / "store")).close()
     for path in (tmp_path / "store", tmp_path / "store" / FILE_NAME):
         os.chown(path, 65534, 65534)
+    (tmp_path / "store" / MADE_NAME).unlink()
     store = await Store.open(tmp_path / "store")
     await store.distrust(1)
     assert {path.stat().st_uid for path in (tmp_path / "store").iterdir()} == {65534}

@@ -14,7 +14,6 @@ from malote.core.parts import KEY_BLOB_MAGIC
 from malote.core.primitives import HPKE_OVERHEAD_BYTES, KEY_BYTES, VERSION_SUITE, sha256
 from malote.errors import Unreadable
 
-EID_BYTES = 16
 STREAM_BYTES = 8
 MAX_SERIAL = 2**63 - 1              # a signed 64-bit integer of any database
 _TYPE_HPKE = 1                      # HPKE base mode; the only type of version 1

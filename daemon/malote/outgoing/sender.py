@@ -19,7 +19,7 @@ from malote.outgoing.identities import Submitter, login_addresses
 from malote.outgoing.lanes import Lane, OwnLane, PooledLane
 from malote.outgoing.passthrough import MECHANISMS, Listener, login_of
 from malote.outgoing.relay import Upstream
-from malote.outgoing.sizes import largest_original
+from malote.outgoing.sizes import announced_limit, largest_original
 from malote.outgoing.submission import Submissions
 from malote.outgoing.transaction import Transaction
 from malote.outgoing.users import Users
@@ -38,6 +38,7 @@ _WRONG = Reply(535, "5.7.8", "Login or password is wrong")
 _NO_MECHANISM = Reply(504, "5.5.4", "This way to log in is not offered")
 _NO_TRANSACTION = Reply(503, "5.5.1", "Send MAIL first")
 
+MAX_ANSWERED = 1000     # messages of one connection that wait for the proof that their replies were read
 USER_SECONDS = 10       # how long the name of a user of this machine is remembered
 
 _CARRIED = frozenset({"8BITMIME", "SMTPUTF8", "DSN", "REQUIRETLS"})     # extensions that are offered if the upstream has them
@@ -77,10 +78,8 @@ class Sender:
         """What the upstream server can carry. Raises `UpstreamError` when that cannot be found out."""
         state = await self._state(session)
         extensions = state.lane.extensions if isinstance(state.lane, OwnLane) else await self._pooled.ask()
-        size = extensions.get("SIZE", "")
-        carried = _CARRIED & extensions.keys()
-        largest = largest_original(int(size)) if size.isascii() and size.isdigit() else 0
-        return Offer(carried, largest, self._mechanisms(state.lane))
+        largest = largest_original(announced_limit(extensions))
+        return Offer(_CARRIED & extensions.keys(), largest, self._mechanisms(state.lane))
 
     def _mechanisms(self, lane: Lane) -> tuple[str, ...]:
         if isinstance(lane, OwnLane):
@@ -198,6 +197,7 @@ class Sender:
             await tx.end()
         if finished.plan is not None:
             state.answered.append(finished.plan)
+            del state.answered[:-MAX_ANSWERED]      # who never proves that it reads anything is remembered by the journal
         return finished.reply
 
     async def reset(self, session: ClientSession) -> None:

@@ -158,7 +158,7 @@ class Submissions:
     async def _send(self, session: ClientSession, tx: Transaction, submitter: Submitter, content: bytearray,
                     line: Line) -> Finished:
         deadline = asyncio.get_running_loop().time() + self._limits.reply_within_seconds
-        prepared = prepare(content)
+        prepared = await self._work(len(content), prepare, content)     # 512 KB of header take a third of a second
         line.from_address = prepared.from_address
         recipients = {recipient.address: recipient for recipient in tx.recipients}
         ids = threading_ids(prepared.kept)

@@ -14,29 +14,54 @@ from malote.errors import StoreUnavailable
 from malote.store.schema import CURRENT, REVISIONS
 
 log = logging.getLogger("malote.store")
+MADE_NAME = "store.made"        # beside the store file, since it was first made
 _ALEMBIC = threading.Lock()      # it keeps its state in module globals
 
 
 def bring_up_to_date(engine: Engine, file: Path) -> None:
-    """Nothing but one SELECT when there is nothing to do. Raises `StoreUnavailable` for a store of a newer version."""
+    """Nothing but one SELECT when there is nothing to do. Raises `StoreUnavailable` for a store of a newer version, or one that
+    was there and is gone: a new one in its place would take repeats for fresh and forget who must be sealed to."""
+    made = file.with_name(MADE_NAME)
     with engine.connect().execution_options(malote_read=True) as connection, connection.begin():
-        if _version(connection) == CURRENT:
-            return
+        current = _version(connection) == CURRENT
+    if not current:
+        _migrate(engine, file, made)
+    if not made.exists():
+        _mark_made(made, file.stat())
+
+
+def _migrate(engine: Engine, file: Path, made: Path) -> None:
     with engine.connect() as connection, connection.begin():
         version = _version(connection)      # again, now that no other process can be at it
         if version == CURRENT:
             return
         if version is not None:
             _keep_copy(file, version)
+        elif made.exists():
+            raise StoreUnavailable("the store is gone or empty, and nothing was put in its place",
+                                   hint=f"put a copy of it back (docs/operating.md, Backup), or begin anew: rm {made}")
         upgrade(connection)
         log.info("store schema is now version %s", CURRENT)
+
+
+def _mark_made(made: Path, store: os.stat_result) -> None:
+    marker = os.open(made, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    try:
+        if os.geteuid() == 0:       # the administrator looks into the service's store
+            os.fchown(marker, store.st_uid, store.st_gid)
+    finally:
+        os.close(marker)
+    _sync_directory(made.parent)
 
 
 def check_version(engine: Engine) -> None:
     """For a store that is only read. Raises `StoreUnavailable` unless its schema is the current one."""
     with engine.connect().execution_options(malote_read=True) as connection, connection.begin():
-        if _version(connection) != CURRENT:
-            raise StoreUnavailable("the store is of an older version", hint="start malote once so that it is brought up to date")
+        version = _version(connection)
+    if version is None:
+        raise StoreUnavailable("the store is empty", hint="malote run says what to do")
+    if version != CURRENT:
+        raise StoreUnavailable("the store is of an older version", hint="start malote once so that it is brought up to date")
 
 
 def upgrade(connection: Connection, target: str = "head") -> None:
@@ -86,3 +111,13 @@ def _keep_copy(file: Path, version: str) -> None:
     with draft.open("rb") as written:
         os.fsync(written.fileno())
     draft.replace(target)
+    _sync_directory(file.parent)
+
+
+def _sync_directory(directory: Path) -> None:
+    """So that names made there survive a power cut."""
+    opened = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
