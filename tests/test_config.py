@@ -146,6 +146,8 @@ def test_files_that_cannot_be_read(tmp_path: Path, content: bytes | None, word: 
     ({"accounts": [{**ACCOUNT, "credential": "c"}]}, "exactly one of"),
     ({"accounts": [ACCOUNT, ACCOUNT]}, "accounts.2.name"),
     ({"accounts": [{**ACCOUNT, "sealed_folder": "INBOX"}]}, "accounts.1.folders"),
+    ({"accounts": [{**ACCOUNT, "keep_sealed_days": 7}]}, "accounts.1.keep_sealed_days"),
+    ({"accounts": [{**ACCOUNT, "late_days": 201}]}, "accounts.1.late_days"),
 ])
 def test_arrangements_that_cannot_work_or_would_leak_are_named(table: dict[str, Any], fault: str) -> None:
     assert any(fault in text for text in config_faults(parse_config(table, source="x")))

@@ -156,7 +156,7 @@ class AccountConfig(Section):
     maildir: OptionalPath = None             # with deliver = "maildir"
     sealed_folder: str = "Malote/Sealed"
     quarantine_folder: str = "Malote/Quarantine"
-    keep_sealed_days: int = Field(0, ge=0)  # 0: for ever
+    keep_sealed_days: int = Field(0, ge=0)  # after the mail arrived; 0: for ever
     poll_seconds: Seconds = 60              # where the server has no IDLE
     idle_seconds: Seconds = 1500            # RFC 2177: re-issue IDLE before 29 minutes
     late_days: int = Field(7, ge=1)
@@ -253,7 +253,7 @@ def config_faults(config: Config) -> list[str]:
         faults.append("outgoing.enabled: is false and there are no accounts: nothing would be done")
     names = [account.name for account in config.accounts]
     for number, account in enumerate(config.accounts, 1):
-        faults += [f"accounts.{number}.{fault}" for fault in _account_faults(account)]
+        faults += [f"accounts.{number}.{fault}" for fault in _account_faults(account, config.store.remember_days)]
         if names.index(account.name) != number - 1:
             faults.append(f"accounts.{number}.name: {account.name!r} is taken by another account; each needs a name of its own")
     return faults
@@ -289,7 +289,7 @@ def _listener_faults(listener: ListenerConfig, upstream: UpstreamConfig) -> Iter
         yield 'tls: "none" would show logins and mail to the network; use "starttls" or "tls"'
 
 
-def _account_faults(account: AccountConfig) -> Iterator[str]:
+def _account_faults(account: AccountConfig, remember_days: int) -> Iterator[str]:
     secrets = [bool(account.password_file), bool(account.credential), bool(account.token_command)]
     if sum(secrets) != 1:
         yield "password_file: set exactly one of password_file, credential, token_command"
@@ -299,6 +299,11 @@ def _account_faults(account: AccountConfig) -> Iterator[str]:
         yield 'maildir: must be set with deliver = "maildir"'
     if not account.folders:
         yield "folders: there must be at least one to watch"
+    if account.late_days * 2 > remember_days:
+        yield f"late_days: must be at most half of store.remember_days ({remember_days}), or repeats could come in as fresh mail"
+    if 0 < account.keep_sealed_days <= account.late_days:
+        # a device that was off learns from the sealed originals what the others have opened
+        yield f"keep_sealed_days: must be longer than late_days ({account.late_days}), or 0: your other devices need them"
     ours = [account.sealed_folder, account.quarantine_folder]
     if account.deliver == "folder":
         ours.append(account.deliver_folder)
