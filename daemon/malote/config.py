@@ -262,7 +262,7 @@ def config_faults(config: Config) -> list[str]:
 def _upstream_faults(upstream: UpstreamConfig) -> Iterator[str]:
     key = "outgoing.upstream"
     if not upstream.host and not upstream.socket:
-        yield f"{key}.host: must be set to the server that carries your mail on; or set outgoing.enabled = false"
+        yield f"{key}.host: must be set; name the server that carries your mail on, or set outgoing.enabled = false"
     if upstream.host and upstream.security is Security.NONE and not is_loopback(upstream.host):
         yield f'{key}.security: "none" would send mail in clear over the network; use "starttls" or "tls"'
     if upstream.username and not upstream.password_file and not upstream.token_command:
