@@ -67,7 +67,7 @@ def test_example_is_at_the_defaults() -> None:
 def test_example_can_be_copied_as_it_is() -> None:
     """What it then asks for is only what has no default."""
     assert config_faults(load_config(EXAMPLE)) == [
-        "outgoing.upstream.host: must be set to the server that carries your mail on; or set outgoing.enabled = false"]
+        "outgoing.upstream.host: must be set; name the server that carries your mail on, or set outgoing.enabled = false"]
 
 
 def test_example_explains_every_key() -> None:
