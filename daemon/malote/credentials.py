@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from malote.config import AccountConfig, UpstreamConfig
 from malote.errors import SecretUnavailable
-from malote.outgoing.relay import Credentials
 from malote.private_files import read_credential, read_private_file, run_token_command
+from malote.smtp.relay import Credentials
 
 
 async def upstream_credentials(config: UpstreamConfig) -> Credentials:

@@ -30,16 +30,16 @@ from malote.errors import ConfigError, MaloteError, StoreUnavailable
 from malote.identities import Keyring
 from malote.logs import configure_logs, hook_uncaught
 from malote.notify import notify, watchdog_seconds
-from malote.outgoing.budget import MemoryBudget
-from malote.outgoing.conversation import ServerSettings
 from malote.outgoing.inflight import InFlight
-from malote.outgoing.listener import Listener, server_settings
 from malote.outgoing.memory import return_large_blocks
-from malote.outgoing.open_connections import Connections
-from malote.outgoing.relay import Credentials, Upstream
 from malote.outgoing.sender import Sender
 from malote.outgoing.submission import Submissions
 from malote.outgoing.users import Users, load_users
+from malote.smtp.budget import MemoryBudget
+from malote.smtp.conversation import ServerSettings
+from malote.smtp.listener import Listener, server_settings
+from malote.smtp.open_connections import Connections
+from malote.smtp.relay import Credentials, Upstream
 from malote.store import Store
 from malote.watching import Accounts, check_accounts
 

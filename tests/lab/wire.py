@@ -10,13 +10,13 @@ from typing import Any
 
 from malote.config import ListenerConfig, UpstreamConfig
 from malote.errors import Reply
-from malote.outgoing.budget import MemoryBudget
-from malote.outgoing.connection import UpstreamConnection
-from malote.outgoing.desk import AuthOutcome, ClientSession, Offer
-from malote.outgoing.listener import Listener
-from malote.outgoing.open_connections import Connections
-from malote.outgoing.relay import Upstream
-from malote.outgoing.server import ServerSettings
+from malote.smtp.budget import MemoryBudget
+from malote.smtp.connection import UpstreamConnection
+from malote.smtp.desk import AuthOutcome, ClientSession, Offer
+from malote.smtp.listener import Listener
+from malote.smtp.open_connections import Connections
+from malote.smtp.relay import Upstream
+from malote.smtp.server import ServerSettings
 
 HOST = "127.0.0.1"
 EVERYTHING = Offer(frozenset({"8BITMIME", "SMTPUTF8", "DSN"}), 0, ("PLAIN", "LOGIN", "XOAUTH2"))

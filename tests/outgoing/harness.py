@@ -27,15 +27,15 @@ from malote.core.identity import Identity, new_identity, parse_identity, seriali
 from malote.core.keys import SignatureAlgorithm
 from malote.core.open import Opened, authenticate, unseal
 from malote.core.parts import find_parts
-from malote.outgoing.budget import MemoryBudget
-from malote.outgoing.listener import Listener, server_settings
 from malote.outgoing.memory import return_large_blocks
-from malote.outgoing.open_connections import Connections
-from malote.outgoing.relay import Credentials
-from malote.outgoing.relay import Upstream as Relay
 from malote.outgoing.sender import Sender
 from malote.outgoing.submission import Submissions
 from malote.outgoing.users import Users, load_users
+from malote.smtp.budget import MemoryBudget
+from malote.smtp.listener import Listener, server_settings
+from malote.smtp.open_connections import Connections
+from malote.smtp.relay import Credentials
+from malote.smtp.relay import Upstream as Relay
 from malote.store import Store
 from malote.store.records import Level, SendIntent, SendPlan
 

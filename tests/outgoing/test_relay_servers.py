@@ -18,8 +18,8 @@ from lab.servers import PASSWORD, Dovecot, Lab, Postfix, Sink
 from lab.wire import HOST, Client, RecordingDesk, RelayDesk, connected, serving, until
 from malote.config import Security, UpstreamConfig
 from malote.errors import Reply, UpstreamError, UpstreamRefused
-from malote.outgoing.relay import Upstream
-from malote.outgoing.sasl import Credentials
+from malote.smtp.relay import Upstream
+from malote.smtp.sasl import Credentials
 
 
 async def run(*command: str, stdin: bytes = b"") -> tuple[int, str]:

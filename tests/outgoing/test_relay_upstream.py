@@ -12,10 +12,10 @@ import pytest
 from lab.wire import HOST, Scripted, until
 from malote.config import UpstreamConfig
 from malote.errors import ConfigError, MaloteError, Reply, UpstreamError, UpstreamRefused
-from malote.outgoing.connection import BLOCK_BYTES, IN_DOUBT, UpstreamConnection
-from malote.outgoing.relay import Upstream, check_reply
-from malote.outgoing.replies import MAX_REPLY_LINE, ReplyFault, ReplyParser
-from malote.outgoing.sasl import Credentials, choose_mechanism
+from malote.smtp.connection import BLOCK_BYTES, IN_DOUBT, UpstreamConnection
+from malote.smtp.relay import Upstream, check_reply
+from malote.smtp.replies import MAX_REPLY_LINE, ReplyFault, ReplyParser
+from malote.smtp.sasl import Credentials, choose_mechanism
 
 MESSAGE = b"Subject: x\r\n\r\n.dot\r\nbody\r\n"
 

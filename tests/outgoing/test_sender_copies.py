@@ -19,7 +19,7 @@ from malote.core.open import Opened
 from malote.errors import Unreadable
 from malote.outgoing import copies, delivery, submission
 from malote.outgoing.delivery import INLINE_BYTES
-from malote.outgoing.desk import ClientSession
+from malote.smtp.desk import ClientSession
 from outgoing.harness import NOW_MS, Gateway, Received, Upstream, opened, person, text, upstream_config
 
 ALICE, BOB, CAROL, DAVE, EVE = (person(f"{name}@test.example") for name in ("alice", "bob", "carol", "dave", "eve"))

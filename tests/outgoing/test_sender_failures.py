@@ -22,13 +22,13 @@ from malote.core.card import Card
 from malote.core.keys import SigningKey
 from malote.errors import StoreUnavailable
 from malote.outgoing import copies, delivery, sender, submission
-from malote.outgoing.connection import UpstreamConnection
 from malote.outgoing.delivery import Delivery
 from malote.outgoing.directory import CardFinder
 from malote.outgoing.inflight import InFlight
-from malote.outgoing.pool import Pool
-from malote.outgoing.relay import Upstream as Relay
 from malote.outgoing.transaction import Transaction
+from malote.smtp.connection import UpstreamConnection
+from malote.smtp.pool import Pool
+from malote.smtp.relay import Upstream as Relay
 from malote.store import Store
 from outgoing.harness import Answer, Gateway, Upstream, opened, person, text, upstream_config, verdict
 

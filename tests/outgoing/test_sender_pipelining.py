@@ -11,9 +11,9 @@ import pytest
 
 from malote.core.policy import decide_recipient
 from malote.errors import UpstreamError
-from malote.outgoing import relay
-from malote.outgoing.lanes import PooledLane
 from malote.outgoing.transaction import Recipient, Transaction
+from malote.smtp import relay
+from malote.smtp.lanes import PooledLane
 from outgoing.harness import HOST, Answer, Gateway, Upstream, person, text, upstream_config
 
 ALICE, BOB = (person(f"{name}@test.example") for name in ("alice", "bob"))

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from malote.outgoing import pool
+from malote.smtp import pool
 from outgoing.harness import HOST, Answer, Gateway, Upstream, opened, person, text, upstream_config
 
 ALICE, BOB, CAROL = (person(f"{name}@test.example") for name in ("alice", "bob", "carol"))

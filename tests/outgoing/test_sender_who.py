@@ -16,9 +16,9 @@ import structlog
 
 from malote.config import ListenerConfig
 from malote.errors import MaloteError
-from malote.outgoing.desk import ClientSession
-from malote.outgoing.relay import Credentials
 from malote.outgoing.users import hash_password
+from malote.smtp.desk import ClientSession
+from malote.smtp.relay import Credentials
 from outgoing import harness
 from outgoing.harness import HOST, Gateway, Outcome, Upstream, opened, person, text, upstream_config
 

@@ -14,9 +14,9 @@ from aiosmtpd.smtp import SMTP
 from lab.servers import Lab
 from lab.wire import EVERYTHING, HOST, Client, RecordingDesk, connected, serving, until
 from malote.errors import Reply
-from malote.outgoing.budget import MEMORY_FACTOR, MemoryBudget
-from malote.outgoing.desk import ClientSession, Offer
 from malote.outgoing.sizes import largest_original
+from malote.smtp.budget import MEMORY_FACTOR, MemoryBudget
+from malote.smtp.desk import ClientSession, Offer
 
 # What another server may take for the end of data; followed by what the attacker wants it to read as commands.
 NOT_THE_END = [b"\n.\n", b"\n.\r\n", b"\r\n.\n", b"\r.\r", b"\r\n.\r", b"\r.\r\n", b"\n.\r", b"\r\n\x00.\r\n", b"\r\x00\n.\r\n"]

@@ -17,9 +17,9 @@ from lab.servers import Lab
 from lab.wire import HOST, Client, RecordingDesk, connected, serving, until
 from malote.config import LimitsConfig, ListenerConfig
 from malote.errors import MaloteError, Reply, StoreUnavailable
-from malote.outgoing import conversation
-from malote.outgoing.listener import server_settings
-from malote.outgoing.server import SubmissionServer
+from malote.smtp import conversation
+from malote.smtp.listener import server_settings
+from malote.smtp.server import SubmissionServer
 
 
 def server_tls(lab: Lab) -> ssl.SSLContext:
@@ -330,7 +330,7 @@ class TestFaults4And5Auth:
 
 
 def outcome(*, refused: bool = False) -> Any:
-    from malote.outgoing.desk import AuthOutcome
+    from malote.smtp.desk import AuthOutcome
     return AuthOutcome(Reply(535, "5.7.8", "No")) if refused else AuthOutcome(Reply(235, "2.7.0", "Welcome"), "anna")
 
 

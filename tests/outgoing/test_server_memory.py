@@ -11,12 +11,12 @@ import pytest
 
 from lab.servers import Lab, free_port, wait_for_port
 from lab.wire import HOST, Client
-from malote.outgoing.budget import MEMORY_FACTOR
+from malote.smtp.budget import MEMORY_FACTOR
 
 SERVER = """
 import asyncio, sys
 from malote.config import ListenerConfig, UpstreamConfig
-from malote.outgoing.relay import Upstream
+from malote.smtp.relay import Upstream
 from lab.wire import RelayDesk, serving
 async def main(port, sink, budget):
     upstream = Upstream(UpstreamConfig(host="127.0.0.1", port=sink, security="none"))

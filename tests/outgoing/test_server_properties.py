@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 
 from lab.wire import Client, RecordingDesk, connected, serving
 from malote.errors import FormatError, Reply
-from malote.outgoing.replies import ReplyFault, ReplyParser
-from malote.outgoing.smtp_auth import AuthFault, parse_auth
-from malote.outgoing.smtp_data import END, clean_lines, find_end, stuff, unstuff
-from malote.outgoing.smtp_path import PathRefused, check_mail_parameters, check_rcpt_parameters, parse_path
-from malote.outgoing.wire import encode_reply
+from malote.smtp.auth import AuthFault, parse_auth
+from malote.smtp.data import END, clean_lines, find_end, stuff, unstuff
+from malote.smtp.path import PathRefused, check_mail_parameters, check_rcpt_parameters, parse_path
+from malote.smtp.replies import ReplyFault, ReplyParser
+from malote.smtp.wire import encode_reply
 
 EXTENSIONS = frozenset({"8BITMIME", "SMTPUTF8", "DSN", "REQUIRETLS"})
 PIECES = [b".", b"\r\n", b"\r", b"\n", b"\0", b"x", b"\xff", b".\r\n", b"\r\n.\r\n"]

@@ -25,8 +25,8 @@ from malote.core.keyring import KeyringKey, unlock_identity
 from malote.core.primitives import check_post_quantum
 from malote.errors import ConfigError, FormatError, MaloteError
 from malote.incoming.account import account_addresses
-from malote.outgoing.listener import server_tls_context
 from malote.outgoing.users import load_users
+from malote.smtp.listener import server_tls_context
 from malote.store import LockedIdentity, Store
 
 SOON_DAYS = 30                  # before a card or certificate ends, it is said

@@ -10,8 +10,8 @@ from malote.config import AccountConfig, Config, Security
 from malote.credentials import account_password, upstream_credentials
 from malote.errors import MailboxError, MaloteError, SecretUnavailable
 from malote.incoming.mailbox import Folder, Mailbox, Quota
-from malote.outgoing.relay import Upstream, UpstreamConnection
-from malote.outgoing.sasl import login
+from malote.smtp.relay import Upstream, UpstreamConnection
+from malote.smtp.sasl import login
 
 READERS = {
     "replace": "opened mail replaces the sealed one in the mailbox: you and your mail provider can read it",

@@ -14,12 +14,12 @@ from malote.core.keys import SignatureAlgorithm
 from malote.errors import MaloteError, Reply, UpstreamError
 from malote.outgoing.answers import Outcome, State, outcome_of
 from malote.outgoing.copies import Copy, Letter, make_copy
-from malote.outgoing.desk import Params
 from malote.outgoing.envelope import mail_params, same_transaction
 from malote.outgoing.groups import Group
-from malote.outgoing.lanes import Lane
-from malote.outgoing.relay import UpstreamConnection
 from malote.outgoing.transaction import Recipient, Transaction
+from malote.smtp.desk import Params
+from malote.smtp.lanes import Lane
+from malote.smtp.relay import UpstreamConnection
 
 log = structlog.get_logger("malote.outgoing")
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from malote.outgoing.desk import Params
+from malote.smtp.desk import Params
 
 # A sealed message with folded attachments: Padme adds 12 % at most, the rest is a note, blobs, manifest and signature.
 SEALED_PERCENT = 112

@@ -14,15 +14,16 @@ import structlog
 from malote.config import ListenerConfig, OutgoingConfig
 from malote.core.address import canonical_address
 from malote.errors import FormatError, MaloteError, Reply, UpstreamError
-from malote.outgoing.desk import AuthOutcome, ClientSession, Offer, Params
 from malote.outgoing.identities import Submitter, login_addresses
-from malote.outgoing.lanes import Lane, OwnLane, PooledLane
 from malote.outgoing.passthrough import MECHANISMS, Listener, login_of
-from malote.outgoing.relay import Upstream
-from malote.outgoing.sizes import announced_limit, largest_original
+from malote.outgoing.sizes import largest_original
 from malote.outgoing.submission import Submissions
 from malote.outgoing.transaction import Transaction
 from malote.outgoing.users import Users
+from malote.smtp.desk import AuthOutcome, ClientSession, Offer, Params
+from malote.smtp.lanes import Lane, OwnLane, PooledLane
+from malote.smtp.relay import Upstream
+from malote.smtp.sizes import announced_limit
 from malote.store.records import SendPlan
 from malote.store.store import Store
 

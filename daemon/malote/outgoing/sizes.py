@@ -2,20 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 # docs/format.md, Structure: the note, the outer headers, MIME headers, signature and manifest.
 FIXED_BYTES = 64 * 1024
 # One key-blob part: 1222 bytes in base64 lines (1.7 kB) and its MIME headers, and one entry of the manifest.
 RECIPIENT_BYTES = 2400
 # Base64 in lines of 76 with CRLF is 78/57; Padme padding adds at most 3 % above 64 KiB.
 GROWTH_PERMILLE = 1410
-
-
-def announced_limit(extensions: Mapping[str, str]) -> int:
-    """The largest message, in bytes, that a server with these EHLO keywords takes; 0: it names no limit (RFC 1870 section 4)."""
-    value = extensions.get("SIZE", "")
-    return int(value) if value.isascii() and value.isdigit() else 0
 
 
 def largest_original(upstream_size: int, recipients: int = 100) -> int:

@@ -40,15 +40,15 @@ from malote.errors import (
 from malote.outgoing.answers import Outcome, State, decide_answer, printable
 from malote.outgoing.copies import Letter, make_outer, received_line
 from malote.outgoing.delivery import INLINE_BYTES, LOCAL, TOO_LATE, Delivery
-from malote.outgoing.desk import ClientSession, Params
 from malote.outgoing.directory import CardFinder
 from malote.outgoing.envelope import mail_params
 from malote.outgoing.groups import Group, Kind, Member, group_members
 from malote.outgoing.identities import Submitter, decide_signer
 from malote.outgoing.inflight import InFlight, Turn
-from malote.outgoing.lanes import Lane
 from malote.outgoing.notice import Refused, make_notice
 from malote.outgoing.transaction import Recipient, Transaction
+from malote.smtp.desk import ClientSession, Params
+from malote.smtp.lanes import Lane
 from malote.store.records import Outcome as Written
 from malote.store.records import OutcomeEntry, SendIntent, SendPlan, SendRecipient, SendRow, SendState
 from malote.store.store import Store

@@ -14,11 +14,11 @@ from malote.config import RuleConfig
 from malote.core.card import Card
 from malote.core.policy import Action, Decision
 from malote.errors import Reply, UpstreamError
-from malote.outgoing.desk import Params
 from malote.outgoing.envelope import estimated_size, mail_params
-from malote.outgoing.lanes import Lane
-from malote.outgoing.relay import UpstreamConnection
-from malote.outgoing.sizes import announced_limit
+from malote.smtp.desk import Params
+from malote.smtp.lanes import Lane
+from malote.smtp.relay import UpstreamConnection
+from malote.smtp.sizes import announced_limit
 
 
 @dataclass(slots=True, eq=False)

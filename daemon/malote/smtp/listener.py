@@ -14,11 +14,11 @@ from pathlib import Path
 
 from malote.config import LimitsConfig, ListenerConfig
 from malote.errors import ConfigError
-from malote.outgoing.budget import MemoryBudget
-from malote.outgoing.conversation import TLS_HANDSHAKE_SECONDS, ServerSettings
-from malote.outgoing.desk import Desk
-from malote.outgoing.open_connections import Connections
-from malote.outgoing.server import SubmissionServer
+from malote.smtp.budget import MemoryBudget
+from malote.smtp.conversation import TLS_HANDSHAKE_SECONDS, ServerSettings
+from malote.smtp.desk import Desk
+from malote.smtp.open_connections import Connections
+from malote.smtp.server import SubmissionServer
 
 SOCKET_MODE = 0o666     # who may connect is decided by uid and by the directory's permissions, as for /dev/log
 BACKLOG = 512

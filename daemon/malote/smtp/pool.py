@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable
 
 from malote.errors import Reply, UpstreamError
-from malote.outgoing.connection import UpstreamConnection
+from malote.smtp.connection import UpstreamConnection
 
 MAX_IDLE_SECONDS = 60           # below the 5 minutes of RFC 5321 4.5.3.2.7, and below what NAT routers forget
 RESET_SECONDS = 10              # for RSET; a new connection is cheaper than waiting longer

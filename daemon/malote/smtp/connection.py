@@ -9,10 +9,10 @@ from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 
 from malote.errors import Reply, UpstreamError
-from malote.outgoing.replies import check_reply
-from malote.outgoing.sizes import announced_limit
-from malote.outgoing.smtp_data import stuff
-from malote.outgoing.upstream_wire import HIGH_WATER_BYTES, Timeouts, UpstreamWire
+from malote.smtp.data import stuff
+from malote.smtp.replies import check_reply
+from malote.smtp.sizes import announced_limit
+from malote.smtp.upstream_wire import HIGH_WATER_BYTES, Timeouts, UpstreamWire
 
 Challenge = Callable[[bytes], Awaitable["bytes | None"]]
 Params = Mapping[str, "str | bool"]

@@ -17,7 +17,7 @@ from enum import Enum, auto
 from typing import cast
 
 from malote.errors import Reply
-from malote.outgoing.timer import Timed
+from malote.smtp.timer import Timed
 
 MAX_LINE = 12288 + 2            # RFC 4954 section 4: an AUTH line may have 12288 octets
 HIGH_WATER_BYTES = 64 * 1024    # unread command bytes above which the socket is left alone

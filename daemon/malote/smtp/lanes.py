@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping
 from typing import Protocol
 
 from malote.errors import Reply, UpstreamError
-from malote.outgoing.connection import Then
-from malote.outgoing.desk import Params
-from malote.outgoing.relay import Upstream, UpstreamConnection
+from malote.smtp.connection import Then
+from malote.smtp.desk import Params
+from malote.smtp.relay import Upstream, UpstreamConnection
 
 _LOST = Reply(421, "4.4.2", "The connection to the next mail server is lost, nothing was sent, connect again")
 

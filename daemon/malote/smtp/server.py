@@ -14,11 +14,11 @@ from typing import Any
 from aiosmtpd.smtp import SMTP, syntax
 
 from malote.errors import Reply
-from malote.outgoing.conversation import INTERNAL, ServerSettings
-from malote.outgoing.message_commands import NO_HELO, MessageCommands
-from malote.outgoing.smtp_auth import MAX_AUTH_FAILURES, AuthFault, decode_answer, parse_auth
-from malote.outgoing.smtp_path import PathRefused
-from malote.outgoing.wire import ClientGone, LineFault, Phase
+from malote.smtp.auth import MAX_AUTH_FAILURES, AuthFault, decode_answer, parse_auth
+from malote.smtp.conversation import INTERNAL, ServerSettings
+from malote.smtp.message_commands import NO_HELO, MessageCommands
+from malote.smtp.path import PathRefused
+from malote.smtp.wire import ClientGone, LineFault, Phase
 
 __all__ = ["ServerSettings", "SubmissionServer"]
 

@@ -14,14 +14,14 @@ from typing import Any, ClassVar, TypeVar, cast
 import structlog
 
 from malote.errors import MaloteError, Reply
-from malote.outgoing.budget import MemoryBudget
-from malote.outgoing.desk import ClientSession, Desk, Offer
-from malote.outgoing.open_connections import Connections
-from malote.outgoing.smtp_auth import AuthFault
-from malote.outgoing.smtp_path import PathRefused
-from malote.outgoing.wire import ClientGone, ClientWire, LineFault, Phase, peer_uid
+from malote.smtp.auth import AuthFault
+from malote.smtp.budget import MemoryBudget
+from malote.smtp.desk import ClientSession, Desk, Offer
+from malote.smtp.open_connections import Connections
+from malote.smtp.path import PathRefused
+from malote.smtp.wire import ClientGone, ClientWire, LineFault, Phase, peer_uid
 
-log = structlog.get_logger("malote.outgoing.server")
+log = structlog.get_logger("malote.smtp.server")
 T = TypeVar("T")
 
 MAX_FAULTS = 20             # protocol errors of one connection; after them 421

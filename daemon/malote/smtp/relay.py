@@ -10,11 +10,11 @@ from collections.abc import Awaitable, Callable, Mapping
 
 from malote.config import Security, UpstreamConfig
 from malote.errors import ConfigError, Reply, UpstreamError
-from malote.outgoing.connection import IN_DOUBT, Then, UpstreamConnection, tls_fault
-from malote.outgoing.pool import Pool
-from malote.outgoing.replies import check_reply
-from malote.outgoing.sasl import Credentials, login
-from malote.outgoing.upstream_wire import Timeouts
+from malote.smtp.connection import IN_DOUBT, Then, UpstreamConnection, tls_fault
+from malote.smtp.pool import Pool
+from malote.smtp.replies import check_reply
+from malote.smtp.sasl import Credentials, login
+from malote.smtp.upstream_wire import Timeouts
 
 __all__ = ["IN_DOUBT", "Credentials", "Upstream", "UpstreamConnection", "check_reply", "default_tls_context"]
 

@@ -8,10 +8,10 @@ import re
 from aiosmtpd.smtp import syntax
 
 from malote.errors import MaloteError, Reply, TooBusy
-from malote.outgoing.conversation import INTERNAL, Conversation
-from malote.outgoing.smtp_data import END, clean_lines, find_end, unstuff
-from malote.outgoing.smtp_path import PathRefused, check_mail_parameters, check_rcpt_parameters, parse_path
-from malote.outgoing.wire import MIN_DATA_RATE, TIMED_OUT, ClientGone, Phase
+from malote.smtp.conversation import INTERNAL, Conversation
+from malote.smtp.data import END, clean_lines, find_end, unstuff
+from malote.smtp.path import PathRefused, check_mail_parameters, check_rcpt_parameters, parse_path
+from malote.smtp.wire import MIN_DATA_RATE, TIMED_OUT, ClientGone, Phase
 
 MAX_PIPELINED_RCPTS = 100   # given to the desk at once
 SLOW_START_BLOCKS = 4       # that many whole block timeouts are forgiven before the least rate counts

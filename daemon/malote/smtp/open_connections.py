@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import Protocol
 
-from malote.outgoing.desk import Desk
+from malote.smtp.desk import Desk
 
 
 class OpenConnection(Protocol):

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from typing import cast
 
 from malote.errors import Reply, UpstreamError
-from malote.outgoing.replies import ReplyFault, ReplyParser
-from malote.outgoing.timer import Timed
+from malote.smtp.replies import ReplyFault, ReplyParser
+from malote.smtp.timer import Timed
 
 HIGH_WATER_BYTES = 512 * 1024
 
