@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import errno
-import os
 import socket
 import ssl
-import stat
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,9 +16,7 @@ from malote.smtp.conversation import TLS_HANDSHAKE_SECONDS, ServerSettings
 from malote.smtp.desk import Desk
 from malote.smtp.open_connections import Connections
 from malote.smtp.server import SubmissionServer
-
-SOCKET_MODE = 0o666     # who may connect is decided by uid and by the directory's permissions, as for /dev/log
-BACKLOG = 512
+from malote.smtp.sockets import BACKLOG, Acceptor, cannot_listen, unix_socket
 
 
 @dataclass(slots=True)
@@ -32,28 +27,32 @@ class Listener:
     desk: Desk
     connections: Connections
     budget: MemoryBudget
-    _server: asyncio.Server | None = None
+    _server: asyncio.Server | Acceptor | None = None
     _path: Path | None = None
 
-    async def open(self, config: ListenerConfig) -> None:
-        """Raises `ConfigError` when the address cannot be listened on."""
+    async def open(self, config: ListenerConfig, sockets: Sequence[socket.socket] = ()) -> None:
+        """Raises `ConfigError` when the address cannot be listened on.
+
+        `sockets` listen on it already, and other processes may accept from them too; they are closed with the listener.
+        """
         loop = asyncio.get_running_loop()
         implicit = self.settings.tls_context if self.settings.implicit_tls else None
         handshake = TLS_HANDSHAKE_SECONDS if implicit else None     # handshakes are not among the counted connections
         factory: Callable[[], SubmissionServer] = lambda: SubmissionServer(  # noqa: E731
             self.settings, self.desk, self.connections, self.budget)
+        if sockets:
+            self._server = Acceptor(sockets, factory, ssl_context=implicit, handshake_seconds=handshake)
+            return
         try:
             if config.socket is not None:
                 self._server = await loop.create_unix_server(
-                    factory, sock=_unix_socket(config.socket), backlog=BACKLOG, ssl=implicit, ssl_handshake_timeout=handshake)
+                    factory, sock=unix_socket(config.socket), backlog=BACKLOG, ssl=implicit, ssl_handshake_timeout=handshake)
                 self._path = config.socket
             else:
                 self._server = await loop.create_server(
                     factory, config.host, config.port, backlog=BACKLOG, ssl=implicit, ssl_handshake_timeout=handshake)
         except OSError as error:
-            where = config.socket or f"{config.host} port {config.port}"
-            why = os.strerror(error.errno) if error.errno and error.errno > 0 else "no such address"    # negative: the resolver's
-            raise ConfigError(f"outgoing.listeners: cannot listen on {where} ({why})", hint=_cure(error)) from error
+            raise cannot_listen(config, error) from error
 
     @property
     def addresses(self) -> list[tuple[str, int]]:
@@ -80,39 +79,6 @@ class Listener:
         if self._path is not None:
             self._path.unlink(missing_ok=True)
             self._path = None
-
-
-def _cure(error: OSError) -> str:
-    match error.errno:
-        case errno.EADDRINUSE:
-            return "is malote running already? if not, set another port in [[outgoing.listeners]]"
-        case errno.EACCES:
-            return "ports below 1024 need CAP_NET_BIND_SERVICE; docs/operating.md says how"
-        case _:
-            return "set host to an address of this machine"
-
-
-def _unix_socket(path: Path) -> socket.socket:
-    """Bound in the place of a socket that an earlier run left behind; of nothing else."""
-    if path.exists() or path.is_symlink():
-        if not stat.S_ISSOCK(path.lstat().st_mode):
-            raise ConfigError(f"outgoing.listeners.socket: {path} exists and is not a socket")
-        with socket.socket(socket.AF_UNIX) as probe:
-            try:
-                probe.connect(str(path))
-            except OSError:
-                path.unlink()
-            else:
-                raise ConfigError(f"outgoing.listeners.socket: something listens on {path} already")
-    sock = socket.socket(socket.AF_UNIX)
-    try:
-        sock.bind(str(path))
-        path.chmod(SOCKET_MODE)
-    except OSError:
-        sock.close()
-        raise
-    sock.setblocking(False)
-    return sock
 
 
 def server_tls_context(config: ListenerConfig) -> ssl.SSLContext | None:
