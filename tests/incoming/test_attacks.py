@@ -424,6 +424,35 @@ async def test_a_losers_copy_that_a_person_files_as_it_is_taken_back(box: Box, m
 
 # --- many ---
 
+async def test_a_copy_that_moves_while_a_contest_is_looked_at(box: Box, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A person moves the other device's copy from a folder that is not searched yet to one that was: it is seen nowhere, and
+    the contest must not end with that."""
+    trio = await original_taken_away(box, monkeypatch, (NAMES[0], NAMES[2]))
+    theirs = box.client.uids("INBOX", f'HEADER Malote-Mark "{NAMES[0]}"')
+    looked: list[str] = []
+    copies_in = ImapDelivery._copies_in
+
+    async def moved_meanwhile(self: ImapDelivery, session: Session, folder: Folder, messages: Any) -> list[Copy]:
+        found = await copies_in(self, session, folder, messages)
+        looked.append(folder.name)
+        if len(looked) == 1:
+            assert folder.name != "INBOX"
+            box.client.select("INBOX")
+            assert box.client.move(theirs[0], folder.name)
+        return found
+
+    monkeypatch.setattr(ImapDelivery, "_copies_in", moved_meanwhile)
+    trio.late += CONTEST_MS + 1000
+    await trio.watchers[1].run_once()
+    assert len(looked) > 1
+    monkeypatch.undo()
+    first = looked[0]
+    await trio.settle()
+    left = [str(message["Subject"]) for folder in {"INBOX", first} for message in box.client.messages(folder)
+            if message["Malote-Verdict"]]
+    assert left == ["contested"]
+
+
 @pytest.mark.parametrize("deliver", ["replace", "maildir"])
 async def test_a_flood_of_repeats_is_fetched_once(box: Box, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                                                   deliver: str) -> None:

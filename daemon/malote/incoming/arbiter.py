@@ -73,26 +73,44 @@ def _others(ours: Mark, copies: Collection[Copy]) -> set[str]:
     return {copy.mark.device for copy in copies if copy.mark.device != ours.device}
 
 
+@dataclass(frozen=True, slots=True)
+class Contest:
+    """A message of which two devices may have left a copy."""
+
+    message: str                                # first half of the mark
+    due_ms: int
+    waited_for: frozenset[str] = frozenset()    # the greater names that were there the last time
+    at_rest: bool = False                       # the last look found nothing to do
+
+
 class Contests:
-    """Messages of which two devices may have left a copy, each with the time at which it is settled."""
+    """All that are open. One ends when our copy is taken back, or when two looks in a row find nothing to do: while a person
+    moves a copy from one folder to another, a look at both may miss it."""
 
     def __init__(self) -> None:
-        self._due: dict[str, tuple[int, frozenset[str]]] = {}   # first half of the mark -> (ms, for whom we have waited)
+        self._open: dict[str, Contest] = {}
 
     def open(self, message: str, now_ms: int) -> None:
-        if message not in self._due and len(self._due) < MAX_CONTESTS:
-            self._due[message] = (now_ms + CONTEST_MS, frozenset())
+        if message not in self._open and len(self._open) < MAX_CONTESTS:
+            self._open[message] = Contest(message, now_ms + CONTEST_MS)
 
     def wait(self, message: str, now_ms: int, waiting_for: frozenset[str]) -> None:
-        self._due[message] = (now_ms + CONTEST_MS, waiting_for)
+        self._open[message] = Contest(message, now_ms + CONTEST_MS, waiting_for)
+
+    def rest(self, message: str, now_ms: int) -> None:
+        """A look has found nothing to do."""
+        contest = self._open.get(message)
+        if contest is not None and not contest.at_rest:
+            self._open[message] = Contest(message, now_ms + CONTEST_MS, contest.waited_for, at_rest=True)
+        else:
+            self.close(message)
 
     def close(self, message: str) -> None:
-        self._due.pop(message, None)
+        self._open.pop(message, None)
 
-    def due(self, now_ms: int) -> list[tuple[str, frozenset[str]]]:
-        """(message, for whom we have waited)"""
-        return [(message, waited_for) for message, (at_ms, waited_for) in self._due.items() if at_ms <= now_ms]
+    def due(self, now_ms: int) -> list[Contest]:
+        return [contest for contest in self._open.values() if contest.due_ms <= now_ms]
 
     def next_ms(self) -> int | None:
         """When the next one is due; None: there is none."""
-        return min((at_ms for at_ms, _ in self._due.values()), default=None)
+        return min((contest.due_ms for contest in self._open.values()), default=None)

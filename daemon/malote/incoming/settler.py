@@ -47,25 +47,29 @@ class Settler:
     async def settle(self, session: Session) -> None:
         """Where two devices may each have left a copy and nobody knows who won, one of them takes its own back."""
         due = self._contests.due(self._clock())[:SETTLED_AT_ONCE]
-        known = _by_message(await self._delivery.copies_anywhere(session, [message for message, _ in due]))
-        for message, waited_for in due:
+        known = _by_message(await self._delivery.copies_anywhere(session, [contest.message for contest in due]))
+        for contest in due:
+            message = contest.message
             ours, copies = Mark(message, self._device), known.get(message, [])
-            decision = decide_contest(ours, copies, waited_for=waited_for)
-            if decision is Settle.YIELD:
-                await self._yield(session, copies)
+            decision = decide_contest(ours, copies, waited_for=contest.waited_for)
             if decision is Settle.WAIT:
                 self._contests.wait(message, self._clock(), greater_names(ours, copies))
-            else:
+            elif decision is Settle.YIELD and await self._yield(session, copies):
                 self._contests.close(message)
+            else:
+                self._contests.rest(message, self._clock())
 
-    async def _yield(self, session: Session, copies: Sequence[Copy]) -> None:
-        """Take ours back, if one that stays says the same: its device may have died before it could verify it."""
+    async def _yield(self, session: Session, copies: Sequence[Copy]) -> bool:
+        """Take ours back, if one that stays says the same: its device may have died before it could verify it.
+
+        False: nothing was taken back, as they differ, ours is not to be found, or somebody is just moving one of them.
+        """
         ours = [copy for copy in copies if copy.mark.device == self._device]
         for other in copies:
             stays = other.mark.device != self._device and not other.discarded
             if ours and stays and await self._delivery.is_same(session, ours[0], other):
-                await self._withdraw(session, ours)
-                return
+                return await self._withdraw(session, ours)
+        return False
 
     async def _copies_of(self, session: Session, source: Folder, messages: Mapping[str, bool]) -> dict[str, list[Copy]]:
         """The copies of each; those of which fewer than two are found though the original is sealed (True) also in all other
