@@ -5,13 +5,16 @@ As in `servers`: ports of their own, all state under one directory, started as r
 
 from __future__ import annotations
 
+import atexit
 import os
 import shutil
 import signal
 import subprocess
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 from lab.servers import HOST, PASSWORD, STOP_SECONDS, free_port, wait_for_port
@@ -21,14 +24,25 @@ MISSING = "" if (UNPACKED / "usr/sbin/exim4").exists() and os.getuid() == 0 else
     "Exim and Cyrus are not unpacked: run `make setup` as root on Debian")
 
 
+@cache
+def _programs() -> Path:
+    """The unpacked tree where the servers' own users can reach it: a clone may lie where only root may look."""
+    if all(place.stat().st_mode & 0o001 for place in UNPACKED.parents):
+        return UNPACKED
+    place = Path(tempfile.mkdtemp(prefix="malote-programs-"))
+    atexit.register(shutil.rmtree, place)
+    place.chmod(0o755)
+    return Path(shutil.copytree(UNPACKED, place / "root", symlinks=True))
+
+
 def _environment(root: Path) -> dict[str, str]:
     """The libraries that came with the packages; and, for Exim, the user whom its package would have made."""
-    libraries = [UNPACKED / place for place in ("usr/lib/x86_64-linux-gnu", "lib/x86_64-linux-gnu", "usr/lib/aarch64-linux-gnu",
-                                                "lib/aarch64-linux-gnu", "usr/lib", "lib")]
+    machines = ("x86_64-linux-gnu", "aarch64-linux-gnu", "")
+    libraries = [_programs() / place / machine for place in ("usr/lib", "lib") for machine in machines]
     passwd, group = root / "passwd", root / "group"
     passwd.write_text(Path("/etc/passwd").read_text() + f"Debian-exim:x:8:8::{root}:/bin/false\n")
     group.write_text(Path("/etc/group").read_text() + "Debian-exim:x:8:\n")
-    [wrapper] = UNPACKED.glob("usr/lib/*/libnss_wrapper.so")
+    [wrapper] = _programs().glob("usr/lib/*/libnss_wrapper.so")
     return {"PATH": "/usr/bin:/bin:/usr/sbin:/sbin", "LD_LIBRARY_PATH": ":".join(str(each) for each in libraries),
             "LD_PRELOAD": str(wrapper), "NSS_WRAPPER_PASSWD": str(passwd), "NSS_WRAPPER_GROUP": str(group)}
 
@@ -80,13 +94,13 @@ class Exim:
             shutil.chown(path, "mail", "mail")
         configuration = self.root / "exim.conf"
         configuration.write_text(self._configuration())
-        with _running([str(UNPACKED / "usr/sbin/exim4"), "-C", str(configuration), "-bdf", "-q1s"], self.root, self.port,
+        with _running([str(_programs() / "usr/sbin/exim4"), "-C", str(configuration), "-bdf", "-q1s"], self.root, self.port,
                       self.log):
             yield self
 
     def _configuration(self) -> str:
         main = {
-            "exim_path": str(UNPACKED / "usr/sbin/exim4"), "spool_directory": f"{self.root}/spool",
+            "exim_path": str(_programs() / "usr/sbin/exim4"), "spool_directory": f"{self.root}/spool",
             "log_file_path": f"{self.root}/log/%slog", "pid_file_path": f"{self.root}/pid",
             "primary_hostname": "exim.test.example", "qualify_domain": "test.example", "daemon_smtp_ports": str(self.port),
             "local_interfaces": HOST, "tls_advertise_hosts": "*", "tls_certificate": f"{self.root}/tls.crt",
@@ -140,12 +154,12 @@ class Cyrus:
         (self.root / "cyrus.conf").write_text(self._services())
         for user in self.users:
             for realm in ("test.example", "cyrus.test.example"):     # the default domain is cut off, the server's name put on
-                subprocess.run([UNPACKED / "usr/sbin/saslpasswd2", "-p", "-c", "-f", self.root / "sasldb2", "-u", realm,
+                subprocess.run([_programs() / "usr/sbin/saslpasswd2", "-p", "-c", "-f", self.root / "sasldb2", "-u", realm,
                                 user.split("@")[0]], input=PASSWORD.encode(), env=_environment(self.root), check=True)
         for path in (self.root, *self.root.rglob("*")):
             shutil.chown(path, "mail", "mail")
-        command = [str(UNPACKED / "usr/lib/cyrus/bin/master"), "-C", f"{self.root}/imapd.conf", "-M", f"{self.root}/cyrus.conf",
-                   "-p", f"{self.root}/pid"]
+        command = [str(_programs() / "usr/lib/cyrus/bin/master"), "-C", f"{self.root}/imapd.conf",
+                   "-M", f"{self.root}/cyrus.conf", "-p", f"{self.root}/pid"]
         with _running(command, self.root, self.port, self.root / "output"):
             yield self
 
@@ -164,7 +178,7 @@ class Cyrus:
         }
 
     def _services(self) -> str:
-        programs, options = UNPACKED / "usr/lib/cyrus/bin", f"-C {self.root}/imapd.conf"
+        programs, options = _programs() / "usr/lib/cyrus/bin", f"-C {self.root}/imapd.conf"
         return f"""START {{
   recover cmd="{programs}/ctl_cyrusdb {options} -r"
   idled cmd="{programs}/idled {options}"
