@@ -12,12 +12,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from malote.core.freshness import (
+    AGAIN,
     DAY_MS,
     FIRST_SEEN,
+    FROM_GATEWAY,
     FROM_MISMATCH,
     GAP,
     QUARANTINED,
     SERVER_CLOCK,
+    TO_GATEWAY,
     UNPROVEN,
     UNREADABLE,
     Arrival,
@@ -345,7 +348,8 @@ def test_the_same_content_unproven_before_the_genuine_one(parts: dict[str, Any])
 
 
 def _notes() -> Iterable[tuple[str, ...]]:
-    return ((), (GAP,), (SERVER_CLOCK,), (FROM_MISMATCH,), (FIRST_SEEN,), (GAP, SERVER_CLOCK))
+    return ((), (GAP,), (SERVER_CLOCK,), (FROM_MISMATCH,), (FIRST_SEEN,), (GAP, SERVER_CLOCK), (AGAIN,),
+            (FROM_GATEWAY, TO_GATEWAY))
 
 
 @pytest.mark.parametrize("verdict", list(Verdict))
@@ -373,6 +377,14 @@ def test_every_verdict_has_a_sentence(verdict: Verdict) -> None:
 ])
 def test_sentences_say_what_to_do(verdict: Verdict, asked: str) -> None:
     assert asked in sentence(verdict, CLAIM, arrived_ms=NOW, first=ROW)
+
+
+def test_the_sentence_says_which_end_was_a_gateway() -> None:
+    """A gateway's key is no proof of the person, and no protection up to the person's own device (RFC 9787 9.7.3)."""
+    plain = sentence(Verdict.FRESH, CLAIM, arrived_ms=NOW)
+    assert "gateway" not in plain
+    assert "gateway of a.example sealed" in sentence(Verdict.FRESH, CLAIM, arrived_ms=NOW, notes=(FROM_GATEWAY,))
+    assert "gateway of b.example opened" in sentence(Verdict.FRESH, CLAIM, arrived_ms=NOW, notes=(TO_GATEWAY,))
 
 
 def test_a_proven_duplicate_of_an_unproven_copy_says_so() -> None:

@@ -49,6 +49,9 @@ GAP = "GAP"                         # note: the message that the sender numbered
 FIRST_SEEN = "FIRST-SEEN"           # note: first message of this numbering, but not number one of it
 SERVER_CLOCK = "SERVER-CLOCK"       # note: in time only by the mail server's own clock
 FROM_MISMATCH = "FROM-MISMATCH"     # note: signed by somebody else than the From header names
+FROM_GATEWAY = "FROM-GATEWAY"       # note: the gateway of the sender's domain signed it, not the sender
+TO_GATEWAY = "TO-GATEWAY"           # note: opened with the key of the recipient's gateway, not his own
+AGAIN = "AGAIN"                     # note: an earlier delivery was interrupted, and may have been completed
 
 # What says that the sender is who the card says, and addressed this recipient. Rows of other verdicts hold no number.
 UNPROVEN = frozenset({Verdict.UNSIGNED, Verdict.UNKNOWN_SENDER, Verdict.REVOKED, Verdict.NOT_FOR_ME, Verdict.UNREADABLE})
@@ -238,6 +241,7 @@ def sentence(
         "ahead": show_span(claim.sent_at_ms - arrived_ms),
         "first": show_time(first.first_ms) if first is not None else "an earlier time",
         "expires": show_time(claim.expires_at_ms if claim.expires_at_ms is not None else claim.sent_at_ms),
+        "sender_domain": claim.sender.rpartition("@")[2], "recipient_domain": claim.recipient.rpartition("@")[2],
     }
     text = (_FROM_MISMATCH if FROM_MISMATCH in notes else _SENTENCES[verdict]).format_map(words)
     if verdict is Verdict.DUPLICATE and first is not None and first.verdict in UNPROVEN and claim.signature == "valid":
@@ -284,6 +288,9 @@ _FROM_MISMATCH = "Signed by {sender}, but the message says that it is from someb
 _NOTES = {
     GAP: "The message that {sender} sent to you before this one has not arrived; ask for it.",
     SERVER_CLOCK: "That it came in time is the word of your mail server.",
+    FROM_GATEWAY: "The mail gateway of {sender_domain} sealed it, and answers for who the sender is.",
+    TO_GATEWAY: "The mail gateway of {recipient_domain} opened it: it was not sealed up to your own device.",
+    AGAIN: "Its delivery was interrupted before and may have succeeded: if you have it already, this is no second message.",
 }
 
 

@@ -127,8 +127,9 @@ def _unseal_payload(
     blob, key, content, keys = trials.import_session_key(header)
     container = payload.parse_container(payload.decrypt_payload(keys, candidate.raw))
     manifest = parse_manifest(container.manifest)
-    if manifest.entry(blob.hash) is None:
-        # A blob that the sender did not make may stand before the one he did: it must not hide it.
+    if not trials.is_listed(manifest, blob, key):
+        # A blob that the sender did not make may stand before the one he did, and of those for the key of a gateway the first
+        # may be for somebody else of its domain: neither must hide ours.
         blob, key, content = trials.listed(header, manifest, content.cek) or (blob, key, content)
     if manifest.size > (min(max_original_bytes, MAX_INFLATED_BYTES) if manifest.encoding.deflated else max_original_bytes):
         raise Unreadable("over limit: size of the original")
@@ -140,9 +141,7 @@ def _unseal_payload(
         raise Unreadable("manifest failure: mid is not the original's Message-ID")
     addresses = trials.addresses[key.public.id]
     entry = manifest.entry(blob.hash)
-    listed = entry is not None and entry.key_id == key.public.id and (
-        entry.address is None or any(belongs_to(entry.address, address) for address in addresses)
-    )
+    listed = trials.is_listed(manifest, blob, key)
     return Unsealed(
         manifest=manifest,
         payload_digest=primitives.sha256(candidate.raw),
@@ -197,13 +196,13 @@ class _Trials:
         raise failure or self._refused or Unreadable(f"no match: {reason}")
 
     def listed(self, header: payload.Header, manifest: Manifest, cek: bytes) -> tuple[KeyBlob, DecryptionKey, BlobContent] | None:
-        """The blob that the manifest lists for one of our keys, if it is here and holds the same session key."""
+        """The blob that the manifest lists for one of our keys and addresses, if it is here and holds the same session key."""
         ours = {key.public.id: key for key in self._keys}
         for _, blob in self._blobs:
             entry = manifest.entry(blob.hash) if blob.eid == header.eid else None
-            if entry is None or entry.key_id not in ours:
+            key = ours.get(entry.key_id) if entry is not None else None
+            if key is None or not self.is_listed(manifest, blob, key):
                 continue
-            key = ours[entry.key_id]
             try:
                 content = self._unwrap(blob, key, header)
             except _NoMatch:
@@ -211,6 +210,13 @@ class _Trials:
             if primitives.equal(content.cek, cek):
                 return blob, key, content
         return None
+
+    def is_listed(self, manifest: Manifest, blob: KeyBlob, key: DecryptionKey) -> bool:
+        """Whether the sender made this blob for this key and one of the addresses given with it."""
+        entry = manifest.entry(blob.hash)
+        return entry is not None and entry.key_id == key.public.id and (
+            entry.address is None or any(belongs_to(entry.address, address) for address in self.addresses[key.public.id])
+        )
 
     def _pairs(self, eid: bytes) -> Iterator[tuple[KeyBlob, DecryptionKey]]:
         """Blobs and keys in the order to be tried: those whose hint fits, then the first key with all others, and so on."""

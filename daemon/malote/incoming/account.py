@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from malote.config import AccountConfig
-from malote.core.address import canonical_address, domain_of
+from malote.core.address import canonical_address, domain_of, is_gateway
 from malote.core.card import Card
 from malote.core.identity import Identity
 from malote.core.keys import DecryptionKey
@@ -55,6 +55,7 @@ class AccountKeys:
     mac_keys: tuple[bytes, ...]                     # the first makes our headers, all of them check
     authserv_ids: tuple[str, ...]                   # likewise
     cards: Mapping[str, Card]                       # our own, by address
+    gateway_kids: frozenset[bytes]                  # ids of those keys that are not the person's but the domain's
     generation: str                                 # changes with the set of keys: then unreadable mail is tried again
 
     @property
@@ -83,6 +84,7 @@ def account_keys(identities: Iterable[Identity], addresses: Sequence[str]) -> Ac
         mac_keys=tuple(hmac_sha256(key.seed, b"MLT1 account mac\0") for key in oldest_first),
         authserv_ids=tuple("malote-" + hmac_sha256(key.seed, b"MLT1 authserv-id\0")[:16].hex() for key in oldest_first),
         cards={identity.address: identity.card for identity in held},
+        gateway_kids=frozenset(key.public.id for address, key in keys if is_gateway(address)),
         generation=sha256(b"".join(sorted(key.public.id for _, key in keys))).hex()[:16],
     )
 

@@ -15,6 +15,7 @@ import structlog
 from malote.core import status
 from malote.core.address import domain_of
 from malote.core.card import Card, parse_card
+from malote.core.freshness import FROM_GATEWAY, TO_GATEWAY
 from malote.core.open import Opened, Unsealed, authenticate, unseal
 from malote.core.parts import find_parts
 from malote.errors import Unreadable
@@ -114,6 +115,13 @@ def _prove(letter: Letter, cards: Mapping[str, Card]) -> None:
         return
     letter.opened = authenticate(unsealed, card_of(unsealed.sender, cards))
     letter.kind = Kind.OPENED
+
+
+def gateway_notes(opened: Opened, keys: AccountKeys) -> tuple[str, ...]:
+    """Which of the two ends was a domain's gateway and not a person: no protection up to the person (RFC 9787 9.7.3)."""
+    by_gateway = opened.signature == "valid" and opened.manifest.scope == "gateway"
+    notes = ((by_gateway, FROM_GATEWAY), (opened.unsealed.kid in keys.gateway_kids, TO_GATEWAY))
+    return tuple(note for true, note in notes if true)
 
 
 def card_of(sender: str, cards: Mapping[str, Card]) -> Card | None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import structlog
 
@@ -26,7 +26,7 @@ from malote.incoming.delivery import Delivery, Failure, Parcel, carriable, wrapp
 from malote.incoming.foreign import ForeignFolders
 from malote.incoming.imap_protocol import MAX_LITERAL
 from malote.incoming.mailbox import Fetched, Folder
-from malote.incoming.opening import Kind, Letter, Opener, off_loop
+from malote.incoming.opening import Kind, Letter, Opener, gateway_notes, off_loop
 from malote.incoming.outcomes import Outcomes
 from malote.incoming.session import Folders, Session
 from malote.incoming.settler import Settler
@@ -233,6 +233,8 @@ class Receiver:
         letter, opened = item.letter, item.letter.opened
         assert opened is not None       # noqa: S101 -- only opened letters are judged
         judgement = item.stored.judgement
+        if notes := gateway_notes(opened, self._keys):
+            judgement = replace(judgement, notes=(*judgement.notes, *notes))
         mark = self._keys.mark(opened.unsealed.payload_digest, self._device)
         original = opened.original
         for name in self._keys.authserv_ids:
