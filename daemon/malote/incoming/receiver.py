@@ -11,23 +11,22 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import structlog
 
 from malote.config import AccountConfig
-from malote.core import status
-from malote.core.freshness import QUARANTINED, UNPROVEN, Arrival, FreshnessLimits, sentence
-from malote.core.message import header_fields
-from malote.errors import FormatError, MailboxError
+from malote.core.freshness import QUARANTINED, UNPROVEN, Arrival, FreshnessLimits
+from malote.errors import MailboxError
 from malote.incoming.account import AccountKeys
 from malote.incoming.arbiter import Contests
 from malote.incoming.delivery import Delivery, Failure, Parcel, carriable, wrapped
 from malote.incoming.foreign import ForeignFolders
 from malote.incoming.imap_protocol import MAX_LITERAL
 from malote.incoming.mailbox import Fetched, Folder
-from malote.incoming.opening import Kind, Letter, Opener, gateway_notes, off_loop
+from malote.incoming.opening import Kind, Letter, Opener, off_loop
 from malote.incoming.outcomes import Outcomes
+from malote.incoming.presenting import Frame, opened_copy, received_lines
 from malote.incoming.session import Folders, Session
 from malote.incoming.settler import Settler
 from malote.store import Attempt, Store, Stored
@@ -232,24 +231,14 @@ class Receiver:
     def _parcel(self, place: Place, item: Judged, others: set[str], wrap: bool = False) -> Parcel:
         letter, opened = item.letter, item.letter.opened
         assert opened is not None       # noqa: S101 -- only opened letters are judged
-        judgement = item.stored.judgement
-        if notes := gateway_notes(opened, self._keys):
-            judgement = replace(judgement, notes=(*judgement.notes, *notes))
         mark = self._keys.mark(opened.unsealed.payload_digest, self._device)
-        original = opened.original
-        for name in self._keys.authserv_ids:
-            original = status.strip_forged(original, name)
-        content = original
-        if self._account.deliver != "maildir" or wrap:
-            content = wrapped(original) if wrap else carriable(original)
-        claim = opened.claim(opened.unsealed.recipient)
-        text = sentence(judgement.verdict, claim, arrived_ms=letter.fetched.internal_date_ms, notes=judgement.notes,
-                        first=judgement.first)
-        trace = received_lines(letter.fetched.raw)
-        headers = status.make_headers(self._keys.mac_key, self._keys.authserv_id, judgement, text, str(mark), content, trace)
+        form = wrapped if wrap else carriable if self._account.deliver != "maildir" else _as_it_is
+        frame = Frame(self._keys, mark, opened.unsealed.recipient, received_lines(letter.fetched.raw),
+                      letter.fetched.internal_date_ms)
+        raw = opened_copy(opened, item.stored.judgement, frame, form)
         fetched = letter.fetched
         return Parcel(
-            uid=fetched.uid, mark=mark, raw=status.deliverable(content, trace, headers),
+            uid=fetched.uid, mark=mark, raw=raw,
             flags=kept_flags(fetched.flags, keywords=place.keywords), internal_date=fetched.internal_date,
             internal_date_ms=fetched.internal_date_ms, again=not item.stored.first, rival=mark.message in others,
         )
@@ -388,12 +377,8 @@ def kept_flags(flags: Sequence[str], *, keywords: bool) -> tuple[str, ...]:
                  and (keywords or flag.startswith("\\")))
 
 
-def received_lines(raw: bytes) -> list[bytes]:
-    """The Received fields at the top level of the sealed message: how it came here."""
-    try:
-        return [field.raw for field in header_fields(raw) if field.name == "received"]
-    except FormatError:
-        return []
+def _as_it_is(original: bytes) -> bytes:
+    return original
 
 
 def _parcels(judged: Sequence[Judged]) -> list[Parcel]:
