@@ -20,6 +20,7 @@ ls /usr/lib/*/sasl2/libplain.so* >/dev/null 2>&1 || missing="$missing libsasl2-m
 need neomutt neomutt
 [ -x /bin/kill ] || missing="$missing procps"   # ExecReload= of the units
 need curl curl
+[ -n "$(ls -d /usr/lib/postgresql/*/bin/postgres 2>/dev/null)" ] || missing="$missing postgresql"
 need openssl openssl
 need systemd-analyze systemd
 [ -e /etc/ssl/certs/ca-certificates.crt ] || missing="$missing ca-certificates"
@@ -46,7 +47,7 @@ case " $missing " in *" postfix "*)
 esac
 apt-get update -qq
 apt-get install -y -qq --no-install-recommends $missing >/dev/null
-for unit in postfix dovecot; do
+for unit in postfix dovecot postgresql; do
   case " $missing " in *" $unit"*)
     if command -v systemctl >/dev/null 2>&1; then systemctl disable --quiet "$unit" 2>/dev/null || true; fi ;;
   esac

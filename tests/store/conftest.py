@@ -1,13 +1,16 @@
-"""The contract tests take `store_url`: PostgreSQL becomes a second parameter of that one fixture."""
+"""The contract tests take `store_url`, whose two parameters are the two databases."""
 
 from __future__ import annotations
 
+import signal
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from lab.postgres import Postgres
+from lab.servers import Lab
 from malote.core.freshness import Claim
 from malote.store import SendIntent, SendRecipient, Store
 
@@ -15,10 +18,27 @@ NOW_MS = time.time_ns() // 1_000_000
 SKID = b"k" * 32
 
 
-@pytest.fixture(params=["sqlite"])
+@pytest.fixture(scope="session")
+def postgres(lab: Lab) -> Iterator[Postgres]:
+    """One PostgreSQL for all tests of this process."""
+    server = Postgres(lab.root / "postgres", lab.certificate, lab.key)
+    server.start()
+    yield server
+    server.stop(signal.SIGQUIT)
+
+
+@pytest.fixture
+def postgres_url(postgres: Postgres) -> str:
+    """An empty database of its own."""
+    return postgres.url(postgres.new_database())
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
 def store_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    assert request.param == "sqlite"
-    return f"sqlite:///{tmp_path}/store"
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path}/store"
+    url: str = request.getfixturevalue("postgres_url")
+    return url
 
 
 @pytest.fixture

@@ -74,17 +74,17 @@ async def test_a_copy_is_kept_before_migrating(tmp_path: Path, monkeypatch: pyte
     store = await Store.open(directory)
     key = await store.local_key("mine")
     await store.close()
-    monkeypatch.setattr(migrate, "CURRENT", "0002")
-    monkeypatch.setattr(migrate, "REVISIONS", ("0001", "0002"))
+    monkeypatch.setattr(migrate, "CURRENT", "0099")
+    monkeypatch.setattr(migrate, "REVISIONS", (*schema.REVISIONS, "0099"))
     monkeypatch.setattr(migrate, "upgrade", lambda connection: connection.exec_driver_sql(
-        "UPDATE alembic_version SET version_num = '0002'"))
+        "UPDATE alembic_version SET version_num = '0099'"))
     store = await Store.open(directory)
     assert await store.local_key("mine") == key
     await store.close()
-    copy = directory / f"{FILE_NAME}.before-0001"
+    copy = directory / f"{FILE_NAME}.before-{schema.CURRENT}"
     assert stat.S_IMODE(copy.stat().st_mode) == 0o600
     raw = sqlite3.connect(copy)
-    assert raw.execute("SELECT version_num FROM alembic_version").fetchall() == [("0001",)]
+    assert raw.execute("SELECT version_num FROM alembic_version").fetchall() == [(schema.CURRENT,)]
     assert raw.execute("SELECT value FROM secret WHERE name = 'mine'").fetchone() == (key,)
     raw.close()
     assert not list(directory.glob("*.copying"))
@@ -98,7 +98,7 @@ async def test_a_migration_that_fails_changes_nothing(tmp_path: Path, monkeypatc
         connection.exec_driver_sql("DROP TABLE journal")    # type: ignore[attr-defined]
         raise RuntimeError("half way")
     with monkeypatch.context() as patch:
-        patch.setattr(migrate, "CURRENT", "0002")
+        patch.setattr(migrate, "CURRENT", "0099")
         patch.setattr(migrate, "upgrade", broken)
         with pytest.raises(StoreUnavailable):
             await Store.open(directory)

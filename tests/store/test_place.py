@@ -135,7 +135,7 @@ async def test_reading_only_writes_nothing(tmp_path: Path) -> None:
     assert {stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "store").iterdir()} == {0o600}
 
 
-@pytest.mark.parametrize("place", ["postgresql://x/y", "sqlite://relative", "http://x/y"])
+@pytest.mark.parametrize("place", ["mysql://x/y", "sqlite://relative", "http://x/y"])
 async def test_other_addresses_are_refused(place: str) -> None:
     with pytest.raises(StoreUnavailable, match="sqlite:///"):
         await Store.open(place)

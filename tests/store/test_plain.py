@@ -19,6 +19,12 @@ BOB, CAROL = "bob@b.example", "carol@c.example"
 TAKEN = {BOB: (Outcome.ACCEPTED, "250 2.0.0 queued")}
 
 
+@pytest.fixture
+def store_url(tmp_path: Path) -> str:
+    """PostgreSQL journals everything beforehand: test_postgres."""
+    return f"sqlite:///{tmp_path}/store"
+
+
 def rows(place: Path) -> int:
     """Journal rows in the file, as another process sees them."""
     with sqlite3.connect(place / "store" / FILE_NAME) as other:

@@ -8,10 +8,12 @@ import sqlite3
 from pathlib import Path
 
 import pytest
+from sqlalchemy import select
 
 from malote.errors import StoreUnavailable
-from malote.store import Store, cards, database
+from malote.store import Store, cards, database, schema
 from malote.store.database import FILE_NAME, Db
+from malote.store.schema import Statement
 from malote.store.writer import MAX_BATCH, Operation
 
 
@@ -24,7 +26,7 @@ def _put(name: str, then: BaseException | None = None) -> Operation[None]:
 
 
 async def _names(store: Store) -> set[str]:
-    rows = await store._writer.read(lambda db: db.connection.exec_driver_sql("SELECT name FROM meta").fetchall())
+    rows = await store._writer.read(lambda db: db.rows(Statement(select(schema.meta.c.name)), {}))
     return {row[0] for row in rows if row[0].startswith("x")}
 
 

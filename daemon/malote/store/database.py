@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sqlite3
 import stat
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -24,43 +25,75 @@ Row = tuple[Any, ...]
 T = TypeVar("T")
 
 
-class Db:
+class Contended(StoreUnavailable):
+    """Another process changed in between what the operation had read: run again, it sees that. Only on PostgreSQL."""
+
+
+class Db(ABC):
     """A transaction: what every operation of the store is a function of. Values are int, str, bytes and None only."""
 
-    __slots__ = ("connection", "driver")
+    __slots__ = ()
 
-    def __init__(self, connection: Connection) -> None:
-        self.connection = connection
-        raw = connection.connection.driver_connection
-        self.driver: sqlite3.Connection | None = raw if isinstance(raw, sqlite3.Connection) else None
+    slot = 0        # which numbering of an identity is used: of several processes on one database each has its own
 
-    def rows(self, statement: Statement, values: dict[str, Any]) -> list[Row]:
-        if self.driver is not None:
-            return self._execute(self.driver, statement, values).fetchall()
-        return [tuple(row) for row in self.connection.execute(statement.core, values)]
+    @abstractmethod
+    def rows(self, statement: Statement, values: dict[str, Any]) -> list[Row]: ...
+
+    @abstractmethod
+    def run(self, statement: Statement, values: dict[str, Any]) -> int:
+        """Execute; returns the number of rows changed."""
+
+    @abstractmethod
+    def many(self, statement: Statement, values: Sequence[dict[str, Any]]) -> None:
+        """Execute once for each."""
+
+    @abstractmethod
+    def each(self, statement: Statement, values: Sequence[dict[str, Any]]) -> list[Row | None]:
+        """Execute once for each; the one row that each gives back, or None."""
+
+    @abstractmethod
+    def lock(self, name: str) -> None:
+        """Until the end of the transaction no other one has the lock of that name."""
 
     def row(self, statement: Statement, values: dict[str, Any]) -> Row | None:
         rows = self.rows(statement, values)
         return rows[0] if rows else None
 
+
+class SqliteDb(Db):
+    """On SQLite, whose one writer at a time has all locks there are."""
+
+    __slots__ = ("driver",)
+
+    def __init__(self, connection: Connection) -> None:
+        raw = connection.connection.driver_connection
+        assert isinstance(raw, sqlite3.Connection)      # noqa: S101 -- as `make_engine` makes it
+        self.driver = raw
+
+    def rows(self, statement: Statement, values: dict[str, Any]) -> list[Row]:
+        return self._execute(statement, values).fetchall()
+
     def run(self, statement: Statement, values: dict[str, Any]) -> int:
-        """Execute; returns the number of rows changed."""
-        if self.driver is not None:
-            return self._execute(self.driver, statement, values).rowcount
-        return self.connection.execute(statement.core, values).rowcount
+        return self._execute(statement, values).rowcount
 
     def many(self, statement: Statement, values: Sequence[dict[str, Any]]) -> None:
         for one in values:      # executemany of the driver would save a few us, and lose what `_execute` does
-            self.run(statement, one)
+            self._execute(statement, one)
 
-    @staticmethod
-    def _execute(driver: sqlite3.Connection, statement: Statement, values: dict[str, Any]) -> sqlite3.Cursor:
+    def each(self, statement: Statement, values: Sequence[dict[str, Any]]) -> list[Row | None]:
+        rows = [self._execute(statement, one).fetchall() for one in values]
+        return [found[0] if found else None for found in rows]
+
+    def lock(self, name: str) -> None:
+        """Nothing to do: BEGIN IMMEDIATE."""
+
+    def _execute(self, statement: Statement, values: dict[str, Any]) -> sqlite3.Cursor:
         if statement.constants:
             values = statement.constants | values
         try:
-            return driver.execute(statement.text, values)
+            return self.driver.execute(statement.text, values)
         except UnicodeEncodeError:      # half of a surrogate pair, as a folder name or a reply of a server may hold
-            return driver.execute(statement.text, {name: _encodable(value) for name, value in values.items()})
+            return self.driver.execute(statement.text, {name: _encodable(value) for name, value in values.items()})
 
 
 class Reader:
@@ -79,7 +112,7 @@ class Reader:
         try:
             if self._db is None:
                 self._connection = self._engine.connect()
-                self._db = Db(self._connection)
+                self._db = SqliteDb(self._connection)
             return operation(self._db)
         except (sqlite3.Error, SQLAlchemyError):
             self.close()

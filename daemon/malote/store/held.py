@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from malote.store import accounts, outbox
 from malote.store.database import Db
 from malote.store.records import Outcome, OutcomeEntry, SendPlan
-from malote.store.writer import Writer
+from malote.store.writer import Commits
 
 HOLD_SECONDS = 0.25
 
@@ -35,7 +35,7 @@ class _Accepted:
 class Held:
     """All methods on the event loop. What is released goes to the writer in order, before every operation submitted later."""
 
-    def __init__(self, writer: Writer) -> None:
+    def __init__(self, writer: Commits) -> None:
         self._writer = writer
         self._accepted: dict[bytes, _Accepted] = {}     # by journal key, oldest first
         self._entries: list[OutcomeEntry] = []

@@ -6,6 +6,7 @@ import logging
 import os
 import sqlite3
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 from sqlalchemy import Connection, Engine, text
@@ -23,7 +24,7 @@ def bring_up_to_date(engine: Engine, file: Path) -> None:
     was there and is gone: a new one in its place would take repeats for fresh and forget who must be sealed to."""
     made = file.with_name(MADE_NAME)
     with engine.connect().execution_options(malote_read=True) as connection, connection.begin():
-        current = _version(connection) == CURRENT
+        current = schema_version(connection) == CURRENT
     if not current:
         _migrate(engine, file, made)
     if not made.exists():
@@ -32,7 +33,7 @@ def bring_up_to_date(engine: Engine, file: Path) -> None:
 
 def _migrate(engine: Engine, file: Path, made: Path) -> None:
     with engine.connect() as connection, connection.begin():
-        version = _version(connection)      # again, now that no other process can be at it
+        version = schema_version(connection)      # again, now that no other process can be at it
         if version == CURRENT:
             return
         if version is not None:
@@ -51,10 +52,29 @@ def _mark_made(made: Path, store: os.stat_result) -> None:
     _sync_directory(made.parent)
 
 
+def bring_up_to_date_postgres(connection: Connection, take_alone: Callable[[Connection], bool]) -> None:
+    """The same in a database, whose copies are the administrator's; in the transaction of `connection`.
+
+    `take_alone`: until its end nobody who writes has the store open, and none may open it; False if somebody has.
+    """
+    version = schema_version(connection)
+    if version == CURRENT:
+        return
+    if not take_alone(connection):
+        raise StoreUnavailable("the store must be brought up to date, and another malote has it open",
+                               hint="stop malote on every node, then start the new version")
+    upgrade(connection)
+    log.info("store schema is now version %s", CURRENT)
+
+
 def check_version(engine: Engine) -> None:
     """For a store that is only read. Raises `StoreUnavailable` unless its schema is the current one."""
     with engine.connect().execution_options(malote_read=True) as connection, connection.begin():
-        version = _version(connection)
+        check_current(schema_version(connection))
+
+
+def check_current(version: str | None) -> None:
+    """Raises `StoreUnavailable` unless this is the current schema."""
     if version is None:
         raise StoreUnavailable("the store is empty", hint="malote run says what to do")
     if version != CURRENT:
@@ -74,7 +94,7 @@ def upgrade(connection: Connection, target: str = "head") -> None:
         command.upgrade(config, target)
 
 
-def _version(connection: Connection) -> str | None:
+def schema_version(connection: Connection) -> str | None:
     """The schema version; None for an empty database."""
     if connection.dialect.name == "sqlite":
         tables = {row[0] for row in connection.execute(text("SELECT name FROM sqlite_schema WHERE type = 'table'"))}
@@ -83,7 +103,7 @@ def _version(connection: Connection) -> str | None:
     if not tables:
         return None
     if "alembic_version" not in tables:
-        raise StoreUnavailable("the store file holds something else than a store")
+        raise StoreUnavailable("the database holds something else than a store")
     version = connection.execute(text("SELECT version_num FROM alembic_version")).scalar()
     if version is not None and version not in REVISIONS:
         raise StoreUnavailable(

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
 from sqlalchemy import and_, bindparam, case, delete, select, tuple_, update
 from sqlalchemy.dialects.postgresql import insert
 
 from malote.errors import ClockWrong
-from malote.store.database import Db, Row
+from malote.store.database import Contended, Db, Row
 from malote.store.records import Outcome, SendIntent, SendPlan, SendRecipient, SendRow, SendState
 from malote.store.schema import Statement, device, journal, serial
 
@@ -25,13 +26,14 @@ BUILD_DATE_MS = 1_795_392_000_000   # 2026-11-23: a clock before the time this w
 _FIND = Statement(select(
     journal.c.recipient, journal.c.state, journal.c.submission_id, journal.c.first_at_ms,
     journal.c.stream, journal.c.serial, journal.c.prev, journal.c.reply, journal.c.attempt,
-).where(journal.c.key == bindparam("key")))
+).where(journal.c.key == bindparam("key")).with_for_update())     # on PostgreSQL, whoever else has an outcome of them waits
 _WRITE = Statement(insert(journal).values({column: bindparam(column) for column in (
     "key", "recipient", "state", "attempt", "submission_id", "first_at_ms", "changed_at_ms", "stream", "serial", "prev",
 )}).on_conflict_do_update(index_elements=["key", "recipient"], set_={
     "state": bindparam("state"), "changed_at_ms": bindparam("changed_at_ms"), "stream": bindparam("stream"),
     "serial": bindparam("serial"), "prev": bindparam("prev"), "attempt": bindparam("attempt"),
-}))
+    # not what another process wrote since we looked: SQLite has one writer at a time, PostgreSQL several
+}, where=journal.c.attempt == bindparam("attempt") - 1).returning(journal.c.attempt))
 _KNOWN = Statement(select(journal.c.state).where(journal.c.key == bindparam("key")).limit(1))
 _ACCEPT_PLAIN = Statement(insert(journal).values({column: bindparam(column) for column in (
     "key", "recipient", "state", "attempt", "submission_id", "first_at_ms", "changed_at_ms", "reply",
@@ -54,9 +56,9 @@ _EXPIRE = Statement(delete(journal).where(tuple_(journal.c.key, journal.c.recipi
 _DROP_DEVICES = Statement(delete(device))
 
 _NEW_DEVICE = Statement(insert(device).values({column: bindparam(column) for column in (
-    "address", "skid", "stream", "last_sent_ms")}).on_conflict_do_nothing())
+    "address", "skid", "slot", "stream", "last_sent_ms")}).on_conflict_do_nothing())
 _SENT = Statement(update(device).where(
-    device.c.address == bindparam("at_address"), device.c.skid == bindparam("at_skid"),
+    device.c.address == bindparam("at_address"), device.c.skid == bindparam("at_skid"), device.c.slot == bindparam("at_slot"),
 ).values(last_sent_ms=case(
     (device.c.last_sent_ms < bindparam("now_ms"), bindparam("now_ms")), else_=device.c.last_sent_ms + 1,
 )).returning(device.c.stream, device.c.last_sent_ms))
@@ -93,21 +95,24 @@ def begin_send(db: Db, intent: SendIntent) -> SendPlan:
     if any(recipient.sealed for recipient in intent.recipients):
         stream, sent_at_ms = _stamp(db, intent)
     recipients = {recipient.address: recipient for recipient in intent.recipients}      # each address once
-    rows = [_plan_row(db, recipient, known.get(address), stream) for address, recipient in recipients.items()]
-    db.many(_WRITE, [{
+    rows = _plan_rows(db, recipients.values(), known, stream)
+    pending = [{
         "key": key, "recipient": row.address, "state": int(SendState.IN_DOUBT), "attempt": row.attempt,
         "submission_id": submission_id, "first_at_ms": first_at_ms, "changed_at_ms": intent.now_ms,
         "stream": row.stream or None, "serial": row.serial, "prev": row.prev,
-    } for row in rows if row.state is not SendState.ACCEPTED])
+    } for row in rows if row.state is not SendState.ACCEPTED]
+    if not all(db.each(_WRITE, pending)):
+        raise Contended("the same message is being sent by another process")
     return SendPlan(key, submission_id, first_at_ms, sent_at_ms, tuple(rows))
 
 
 def _stamp(db: Db, intent: SendIntent) -> tuple[bytes, int]:
     """Our numbering for this identity, and a signed time after every earlier one of it."""
-    at = {"at_address": intent.sender, "at_skid": intent.skid, "now_ms": intent.now_ms}
+    at = {"at_address": intent.sender, "at_skid": intent.skid, "at_slot": db.slot, "now_ms": intent.now_ms}
     found = db.row(_SENT, at)
     if found is None:
-        db.run(_NEW_DEVICE, {"address": intent.sender, "skid": intent.skid, "stream": os.urandom(8), "last_sent_ms": 0})
+        db.run(_NEW_DEVICE, {"address": intent.sender, "skid": intent.skid, "slot": db.slot, "stream": os.urandom(8),
+                             "last_sent_ms": 0})
         found = db.row(_SENT, at)
     assert found is not None    # noqa: S101 -- inserted above or by another process
     stream, sent_at_ms = found
@@ -116,20 +121,27 @@ def _stamp(db: Db, intent: SendIntent) -> tuple[bytes, int]:
     return stream, sent_at_ms
 
 
-def _plan_row(db: Db, recipient: SendRecipient, known: Row | None, stream: bytes) -> SendRow:
-    state, reply, attempt = SendState.NEW, "", 1
-    if known is not None:
-        _, number, _, _, old_stream, old_serial, old_prev, reply, attempt = known
-        state, attempt = SendState(number), attempt + 1
-        if state is SendState.ACCEPTED or (recipient.sealed and old_stream is not None):
-            # the same numbers again: at the receiver the two are one message, whichever of them arrived
-            return SendRow(recipient.address, state, old_stream is not None, old_stream or b"", old_serial, old_prev, reply,
-                           attempt)
-    if not recipient.sealed:
-        return SendRow(recipient.address, state, False, b"", 0, 0, reply, attempt)
-    given = db.row(_NEXT, {"stream": stream, "recipient": recipient.address})
-    assert given is not None    # noqa: S101 -- INSERT ... DO UPDATE ... RETURNING always gives a row
-    return SendRow(recipient.address, state, True, stream, given[0], given[1], reply, attempt)
+def _plan_rows(db: Db, recipients: Iterable[SendRecipient], known: Mapping[str, Row], stream: bytes) -> list[SendRow]:
+    rows, new = [], []
+    for recipient in recipients:
+        address = recipient.address
+        state, reply, attempt = SendState.NEW, "", 1
+        if (row := known.get(address)) is not None:
+            _, number, _, _, old_stream, old_serial, old_prev, reply, attempt = row
+            state, attempt = SendState(number), attempt + 1
+            if state is SendState.ACCEPTED or (recipient.sealed and old_stream is not None):
+                # the same numbers again: at the receiver the two are one message, whichever of them arrived
+                rows.append(SendRow(address, state, old_stream is not None, old_stream or b"", old_serial, old_prev, reply,
+                                    attempt))
+                continue
+        if recipient.sealed:
+            new.append(len(rows))
+        rows.append(SendRow(address, state, recipient.sealed, stream if recipient.sealed else b"", 0, 0, reply, attempt))
+    given = db.each(_NEXT, [{"stream": stream, "recipient": rows[at].address} for at in new])
+    for at, numbers in zip(new, given, strict=True):
+        assert numbers is not None      # noqa: S101 -- INSERT ... DO UPDATE ... RETURNING always gives a row
+        rows[at] = replace(rows[at], serial=numbers[0], prev=numbers[1])
+    return rows
 
 
 def plan_plain(intent: SendIntent) -> SendPlan:

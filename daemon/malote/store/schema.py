@@ -11,9 +11,9 @@ from __future__ import annotations
 from typing import Any
 
 from sqlalchemy import BigInteger, Column, Executable, Index, Integer, LargeBinary, MetaData, Table, Text
-from sqlalchemy.dialects import sqlite
+from sqlalchemy.dialects import postgresql, sqlite
 
-REVISIONS = ("0001",)       # every schema version there ever was, oldest first; migrations/versions has one file for each
+REVISIONS = ("0001", "0002")       # every schema version there ever was, oldest first; migrations/versions has one file for each
 CURRENT = REVISIONS[-1]
 
 Number = BigInteger().with_variant(Integer(), "sqlite")     # STRICT knows INTEGER, not BIGINT; both hold 64 bits
@@ -64,9 +64,10 @@ card_history = _table(
     _bytes("card_raw"), _bytes("skid"), _text("level"), _number("first_at_ms"), _number("last_at_ms"),
 )
 
-# One numbering of ours. A new one begins for a new signing key, and when the store finds itself on another machine.
+# One numbering of ours. A new one begins for a new signing key, and when the store finds itself on another machine. Of several
+# processes that share a database each uses the rows of its own slot, so that none waits for another's commit.
 device = _table(
-    "device", _key("address", Text), _key("skid", LargeBinary),
+    "device", _key("address", Text), _key("skid", LargeBinary), _key("slot", Number),
     _bytes("stream"), _number("last_sent_ms"),
 )
 serial = _table(
@@ -129,19 +130,29 @@ outer_id = _table("outer_id", _key("inner_mark", LargeBinary), _text("outer_id")
 
 
 class Statement:
-    """One SQLAlchemy statement and the SQLite text it compiles to, made once.
+    """One SQLAlchemy statement and the text it compiles to for each database, made once.
 
-    Executed by SQLAlchemy's Core an upsert costs 26 us, its text given to the driver 6 (measured). The hot path has a
+    Executed by SQLAlchemy's Core an upsert costs 26 us, its text given to the driver 6 (measured, SQLite). The hot path has a
     dozen statements per message. Inserts are PostgreSQL's, whose ON CONFLICT compiles for both.
     """
 
-    __slots__ = ("constants", "core", "text")
+    __slots__ = ("_numbered", "constants", "core", "text")
 
     def __init__(self, core: Executable) -> None:
         compiled = core.compile(dialect=_NAMED)     # type: ignore[attr-defined]
         self.core = core
         self.text = str(compiled)
         self.constants: dict[str, Any] = {name: value for name, value in compiled.params.items() if value is not None}
+        self._numbered: tuple[str, tuple[tuple[str, Any], ...]] | None = None
+
+    @property
+    def numbered(self) -> tuple[str, tuple[tuple[str, Any], ...]]:
+        """For PostgreSQL: the text with $1, $2, ..., and the name and constant (None: must be given) of each of them."""
+        if self._numbered is None:      # not before it is needed: most stores are SQLite
+            compiled = self.core.compile(dialect=_NUMBERED)     # type: ignore[attr-defined]
+            self._numbered = str(compiled), tuple((name, compiled.params[name]) for name in compiled.positiontup or ())
+        return self._numbered
 
 
 _NAMED = sqlite.dialect(paramstyle="named")
+_NUMBERED = postgresql.asyncpg.dialect(paramstyle="numeric_dollar")     # type: ignore[no-untyped-call]

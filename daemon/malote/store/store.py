@@ -16,7 +16,8 @@ from malote.errors import StoreUnavailable
 from malote.store import accounts, cards, outbox, seen
 from malote.store.database import Db, Reader, check_place, make_engine, unavailable
 from malote.store.held import Held
-from malote.store.migrate import bring_up_to_date, check_version
+from malote.store.migrate import bring_up_to_date, check_current, check_version
+from malote.store.places import PostgresPlace, database_place
 from malote.store.records import (
     Attempt,
     CardRecord,
@@ -30,7 +31,8 @@ from malote.store.records import (
     SendPlan,
     Stored,
 )
-from malote.store.writer import Writer
+from malote.store.schema import CURRENT
+from malote.store.writer import Commits, Writer
 
 DAY_MS = 86_400_000
 CARD_CHECK_SECONDS = 0.5    # how old the cache of cards may be when another process changes one: seen within a second
@@ -48,21 +50,28 @@ class Store:
     was then done, and the next call tries anew.
     """
 
-    def __init__(self, writer: Writer, reader: Reader, keys: Mapping[str, bytes]) -> None:
+    def __init__(self, writer: Commits, reader: Reader | None, keys: Mapping[str, bytes]) -> None:
         self._writer = writer
         self._reader = reader
         self._held = Held(writer)
         self._keys = dict(keys)
         self._cache = cards.CardCache()
         self._checked_at = 0.0
+        self.on_outcome: Callable[[OutcomeEntry], object] | None = None     # told of each line of `malote log`, for metrics
 
     @classmethod
-    async def open(cls, place: str | Path, *, readonly: bool = False, machine_id: bytes | None = None) -> Store:
-        """Open the store in the directory `place` (or `sqlite:///DIRECTORY`), made and migrated if need be.
+    async def open(
+        cls, place: str | Path | PostgresPlace, *, readonly: bool = False, machine_id: bytes | None = None,
+    ) -> Store:
+        """Open the store in the directory `place` (or `sqlite:///DIRECTORY`), or in PostgreSQL, made and migrated if need be.
 
         `machine_id` is this machine's; the default is that of the operating system. A store that finds itself on another
-        machine than before begins new numberings and calls nothing FRESH that was sent before.
+        machine than before, or in a database whose server lost its place to another, begins new numberings and calls nothing
+        FRESH that was sent before.
         """
+        own_id = _machine_id() if machine_id is None else machine_id
+        if (database := database_place(place)) is not None:
+            return await cls._open_postgres(database, own_id, readonly=readonly)
         directory = _directory(place)
         try:
             file = await asyncio.to_thread(check_place, directory, make=not readonly)
@@ -76,7 +85,6 @@ class Store:
         try:
             if readonly:
                 return cls(writer, Reader(file), {})
-            own_id = _machine_id() if machine_id is None else machine_id
             now_ms = time.time_ns() // 1_000_000
             keys = await writer.write(lambda db: _prepare(db, own_id, now_ms))
         except BaseException:
@@ -84,11 +92,42 @@ class Store:
             raise
         return cls(writer, Reader(file), keys)
 
+    @classmethod
+    async def _open_postgres(cls, place: PostgresPlace, machine_id: bytes, *, readonly: bool) -> Store:
+        from malote.store import postgres  # here: who keeps the store in SQLite needs no driver
+        from malote.store.postgres_writer import PostgresWriter
+
+        try:
+            server = postgres.Server(place, readonly=readonly)
+            if (version := await postgres.stored_version(server)) != CURRENT:
+                if readonly:
+                    check_current(version)
+                await asyncio.to_thread(postgres.bring_up_to_date, server)
+            writer = PostgresWriter(server, readonly=readonly, greet=None if readonly else _greet)
+        except Exception as error:
+            raise postgres.unavailable(error) from error
+        try:
+            keys = {} if readonly else await writer.write(lambda db: _prepare_shared(db, place.node or machine_id))
+        except BaseException:
+            await writer.close()
+            raise
+        return cls(writer, None, keys)
+
     async def close(self) -> None:
         """Write what is waiting and close the file."""
         self._held.close()
-        self._reader.close()
+        if self._reader is not None:
+            self._reader.close()
         await self._writer.close()
+
+    @property
+    def failing(self) -> bool:
+        """Whether the last write failed."""
+        return self._writer.failing
+
+    async def check_writable(self, now_ms: int) -> None:
+        """Writes something that nobody reads. Raises `StoreUnavailable`."""
+        await self._writer.write(lambda db: cards.put_meta(db, "written", str(now_ms).encode()))
 
     async def flush(self) -> None:
         """Return when everything submitted before is written, also what nobody waits for."""
@@ -118,6 +157,7 @@ class Store:
         stronger one of the same line of keys.
         """
         def put(db: Db) -> CardRecord:
+            db.lock("cards")
             old = cards.find_card(db, address)
             same_line = old is not None and (succession or old.skid == skid)
             pinned_at_ms, kept = (old.pinned_at_ms, old.level) if old is not None and same_line else (now_ms, level)
@@ -172,7 +212,7 @@ class Store:
 
     async def local_key(self, name: str) -> bytes:
         """32 random bytes that only this store has, made once for each name."""
-        if name not in self._keys:
+        if name not in self._keys:      # those of a machine are there since it was opened, where several share the store
             self._keys[name] = await self._writer.write(lambda db: cards.local_key(db, name))
         return self._keys[name]
 
@@ -194,9 +234,10 @@ class Store:
         process it does from the moment of `finish_send_later` on (it is held here, then written in order before the retry's
         own `begin_send`); in another process, or after a crash, once it is written, as with a journaled plan. And anything that
         an earlier attempt wrote, by whatever process, is looked for here before any byte leaves: its rows are committed before
-        that attempt sent anything, or after it was answered. Where that look fails, or writing does, the answer is None.
+        that attempt sent anything, or after it was answered. Where that look fails, or writing does, the answer is None; so it
+        is on PostgreSQL, where a look costs as much as writing with others in one commit.
         """
-        if intent.now_ms < outbox.BUILD_DATE_MS or self._writer.failing:
+        if self._reader is None or intent.now_ms < outbox.BUILD_DATE_MS or self._writer.failing:
             return None
         plan = outbox.plan_plain(intent)
         if self._held.release_plan(plan.key) or self._reader.look(lambda db: outbox.is_known(db, plan.key)) is not False:
@@ -282,6 +323,8 @@ class Store:
     def log_outcome(self, entry: OutcomeEntry) -> None:
         """One line for `malote log`. Not waited for."""
         self._held.log(entry)
+        if self.on_outcome is not None:
+            self.on_outcome(entry)
 
     async def recent_outcomes(self, limit: int = 100) -> list[OutcomeEntry]:
         """Newest first."""
@@ -359,6 +402,29 @@ def _prepare(db: Db, machine_id: bytes, now_ms: int) -> dict[str, bytes]:
     return keys
 
 
+def _prepare_shared(db: Db, node: bytes) -> dict[str, bytes]:
+    """The keys of a store that several nodes have open: those that tell watchers apart are each node's own."""
+    keys = {name: cards.local_key(db, name) for name in ("journal", "seen", "outer", "host")}
+    mark = hmac_sha256(keys["host"], node).hex()[:32]
+    return keys | {name: cards.local_key(db, f"{name}@{mark}") for name in MACHINE_KEYS}
+
+
+def _greet(db: Db, server: bytes) -> None:
+    """First on each connection to PostgreSQL: whether the server is still the one that has every commit we were told of."""
+    if cards.find_meta(db, "server") == server:
+        return
+    db.lock("server")
+    known = cards.find_meta(db, "server")       # again: another node may have come first
+    if known == server:
+        return
+    cards.put_meta(db, "server", server)
+    if known is not None:
+        log.warning("the database server was replaced or recovered: new numberings begin, "
+                    "mail sent before now is not called fresh")
+        outbox.renew_streams(db)
+        seen.add_distrust(db, time.time_ns() // 1_000_000, "", "")
+
+
 def _machine_id() -> bytes:
     """b"" where there is none: then a store that moved is not noticed."""
     try:
@@ -367,12 +433,13 @@ def _machine_id() -> bytes:
         return b""
 
 
-def _directory(place: str | Path) -> Path:
+def _directory(place: str | Path | PostgresPlace) -> Path:
+    assert not isinstance(place, PostgresPlace)     # noqa: S101 -- `database_place` took it
     if isinstance(place, Path):
         return place
     scheme, mark, rest = place.partition("://")
     if not mark:
         return Path(place)
     if scheme != "sqlite" or not rest.startswith("/"):
-        raise StoreUnavailable("the store is a directory, or sqlite:///DIRECTORY")
+        raise StoreUnavailable("the store is a directory, sqlite:///DIRECTORY, or postgresql://...")
     return Path(rest[1:])

@@ -17,13 +17,13 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import IntegrityError, OperationalError, SQLAlchemyError
 
 from malote.errors import StoreUnavailable
-from malote.store.database import Db, unavailable
+from malote.store.database import Db, SqliteDb, unavailable
 
 T = TypeVar("T")
 Operation = Callable[[Db], T]
@@ -39,7 +39,7 @@ log = logging.getLogger("malote.store")
 
 
 @dataclass(slots=True)
-class _Job:
+class Job:
     operation: Operation[Any]
     future: asyncio.Future[Any] | None      # None: nobody waits (lazy)
     loop: asyncio.AbstractEventLoop | None
@@ -47,6 +47,18 @@ class _Job:
     then: Callable[[], object] | None = None
     result: Any = None
     error: BaseException | None = None
+
+
+class Commits(Protocol):
+    """What a store needs of its database: `Writer` for SQLite, `postgres_writer.PostgresWriter` for PostgreSQL."""
+
+    @property
+    def failing(self) -> bool: ...
+    async def write(self, operation: Operation[T]) -> T: ...
+    async def read(self, operation: Operation[T]) -> T: ...
+    def later(self, operation: Operation[object], then: Callable[[], object] | None = None) -> None: ...
+    def check_open(self) -> None: ...
+    async def close(self) -> None: ...
 
 
 class _Signal(Enum):
@@ -60,8 +72,8 @@ class Writer:
     def __init__(self, engine: Engine, *, name: str) -> None:
         self._engine = engine
         self._connection: Connection | None = None
-        self._queue: queue.SimpleQueue[_Job | _Signal] = queue.SimpleQueue()
-        self._lazy: deque[_Job] = deque(maxlen=MAX_LAZY)
+        self._queue: queue.SimpleQueue[Job | _Signal] = queue.SimpleQueue()
+        self._lazy: deque[Job] = deque(maxlen=MAX_LAZY)
         self._closed = False
         self._failing = False
         self._company = False       # whether several callers shared the last commit
@@ -83,7 +95,7 @@ class Writer:
         `then`: called in the thread once it is durable, or given up as faulty; it must not raise.
         """
         self.check_open()
-        self._lazy.append(_Job(operation, None, None, write=True, then=then))
+        self._lazy.append(Job(operation, None, None, write=True, then=then))
         if len(self._lazy) == 1:    # asked after appending: the thread, once woken, must find it
             self._queue.put(_Signal.NUDGE)
 
@@ -103,7 +115,7 @@ class Writer:
         self.check_open()
         loop = asyncio.get_running_loop()
         future: asyncio.Future[T] = loop.create_future()
-        self._queue.put(_Job(operation, future, loop, write))
+        self._queue.put(Job(operation, future, loop, write))
         return await future
 
     def check_open(self) -> None:
@@ -120,7 +132,7 @@ class Writer:
             if items and all(item is _Signal.NUDGE for item in items):
                 continue        # the first lazy operation after a pause: it waits for company
             going = _Signal.STOP not in items
-            waiting = [item for item in items if isinstance(item, _Job)]
+            waiting = [item for item in items if isinstance(item, Job)]
             self._company = len(waiting) > 1
             jobs = self._take_lazy() + waiting
             writes = [job for job in jobs if job.write]
@@ -133,9 +145,9 @@ class Writer:
         self._drop_connection()
         self._engine.dispose()
 
-    def _wait(self) -> list[_Job | _Signal]:
+    def _wait(self) -> list[Job | _Signal]:
         """All that is on the queue, or nothing when lazy operations have waited long enough."""
-        items: list[_Job | _Signal] = []
+        items: list[Job | _Signal] = []
         with suppress(queue.Empty):
             items.append(self._queue.get(timeout=LAZY_SECONDS if self._lazy else None))
             if self._company:
@@ -144,15 +156,15 @@ class Writer:
                 items.append(self._queue.get_nowait())
         return items
 
-    def _take_lazy(self) -> list[_Job]:
+    def _take_lazy(self) -> list[Job]:
         """All of them: whoever waits now was promised that they come before."""
-        jobs: list[_Job] = []
+        jobs: list[Job] = []
         with suppress(IndexError):
             while len(jobs) < MAX_LAZY:
                 jobs.append(self._lazy.popleft())
         return jobs
 
-    def _run(self, jobs: list[_Job], *, write: bool) -> None:
+    def _run(self, jobs: list[Job], *, write: bool) -> None:
         """One transaction for all; if one fails, all again with a savepoint each, so that it fails alone."""
         try:
             if not self._attempt(jobs, write=write, apart=False):
@@ -168,11 +180,11 @@ class Writer:
             for job in jobs:
                 job.error = error
 
-    def _attempt(self, jobs: list[_Job], *, write: bool, apart: bool) -> bool:
+    def _attempt(self, jobs: list[Job], *, write: bool, apart: bool) -> bool:
         """True: committed. False: an operation failed, nothing was written. Raises for a failure of the database itself."""
         connection = self._connect().execution_options(malote_read=not write)
         with connection.begin() as transaction:
-            db = Db(connection)
+            db = SqliteDb(connection)
             for job in jobs:
                 job.error = None
                 try:
@@ -205,8 +217,8 @@ class Writer:
         except Exception as error:      # noqa: BLE001 -- it failed before; what counts is that it is gone
             log.warning("store connection closed with an error: %s", type(error).__name__)
 
-    def _settle(self, jobs: list[_Job]) -> None:
-        by_loop: dict[asyncio.AbstractEventLoop, list[_Job]] = {}
+    def _settle(self, jobs: list[Job]) -> None:
+        by_loop: dict[asyncio.AbstractEventLoop, list[Job]] = {}
         for job in reversed(jobs):
             if job.loop is not None:
                 by_loop.setdefault(job.loop, []).append(job)
@@ -225,9 +237,9 @@ class Writer:
                 log.debug("%d results came after their event loop was closed", len(own))
 
 
-def is_outage(error: BaseException, db: Db | None) -> bool:
+def is_outage(error: BaseException, db: SqliteDb | None) -> bool:
     """Whether the database failed, not the one operation. SQLite may then have undone the whole transaction by itself."""
-    if db is not None and db.driver is not None and not db.driver.in_transaction:
+    if db is not None and not db.driver.in_transaction:
         return True
     if isinstance(error, sqlite3.IntegrityError | IntegrityError):
         return False
@@ -235,7 +247,7 @@ def is_outage(error: BaseException, db: Db | None) -> bool:
     return isinstance(error, sqlite3.OperationalError | OperationalError) or type(error) is sqlite3.DatabaseError
 
 
-def _resolve(jobs: list[_Job]) -> None:
+def _resolve(jobs: list[Job]) -> None:
     for job in jobs:
         future = job.future
         if future is None or future.done():     # done: its caller was cancelled
