@@ -56,7 +56,7 @@ def test_example_is_at_the_defaults() -> None:
     assert ours.outgoing.listeners == default.outgoing.listeners
     [rule] = ours.outgoing.rules
     assert rule == type(rule)()
-    for name in ("enabled", "seal_to_self", "fold", "partial_failure"):
+    for name in ("enabled", "seal_to_self", "fold", "partial_failure", "domains", "seal_tag", "clear_tag"):
         assert getattr(ours.outgoing, name) == getattr(default.outgoing, name)
     [account] = ours.accounts
     for name, field in type(account).model_fields.items():

@@ -113,17 +113,48 @@ class Level(StrEnum):
     NEVER = "never"
     PREFER = "prefer"
     REQUIRE = "require"
+    REFUSE = "refuse"       # such mail does not leave at all
+
+
+class Kind(StrEnum):
+    """What mail says of itself that programs write and read."""
+
+    CALENDAR = "calendar"           # an invitation, or the answer to one
+    BOUNCE = "bounce"               # a report about other mail, or mail of nobody (null sender)
+    AUTO_REPLY = "auto-reply"       # a program answers: "I am on holiday"
+    AUTOMATIC = "automatic"         # a program writes of its own: password resets, alarms, receipts
+    LIST = "list"                   # what a mailing list sends out
 
 
 class RuleConfig(Section):
-    """One row of the administrator's table; the first that matches a recipient counts."""
+    """One row of the administrator's table.
+
+    A row without conditions on the content ends the walk: the first of those that matches is the floor. A row with some
+    that stands before it and matches too only adds to it, as users decide what is in a message.
+    """
 
     recipients: tuple[str, ...] = ("*",)    # `*`, `@example.org`, `@*.example.org`, `anna@example.org`
+    senders: tuple[str, ...] = ("*",)       # the From address; then who hands in mail must be one that it belongs to
+    direction: Literal["any", "outbound", "internal", "inbound"] = "any"    # told by outgoing.domains
+    min_bytes: int = Field(0, ge=0)         # this large or larger
+    headers: tuple[str, ...] = ()           # `Name` or `Name: text with *`, one of them
+    subjects: tuple[str, ...] = ()          # text with *, one of them
+    kinds: tuple[Kind, ...] = ()            # one of them
     seal: Level = Level.PREFER
     allow_no: bool = False                  # whether a user's `Malote-Seal: no` is obeyed
     mixed: Literal["refuse", "split"] = "refuse"
     accept_encrypted: bool = False          # whether OpenPGP or S/MIME mail counts as sealed
     list: bool = False                      # recipients here come from an expanded list: up to 100 share a copy
+
+    @property
+    def on_content(self) -> bool:
+        """Whether it asks for what only the content shows."""
+        return bool(self.min_bytes or self.headers or self.subjects or self.kinds)
+
+    @property
+    def on_sender(self) -> bool:
+        """Whether it asks for what only From shows."""
+        return "*" not in self.senders or self.direction in ("internal", "inbound")
 
 
 class OutgoingConfig(Section):
@@ -131,6 +162,9 @@ class OutgoingConfig(Section):
     listeners: tuple[ListenerConfig, ...] = (ListenerConfig(),)
     upstream: UpstreamConfig = UpstreamConfig()
     rules: tuple[RuleConfig, ...] = ()      # after the last: prefer, and require for whoever has or ever had a card
+    domains: tuple[str, ...] = ()           # ours: `example.org`, `*.example.org`; for `direction` in rules
+    seal_tag: str = ""                      # in a subject it says what `Malote-Seal: yes` says, and is removed; "": none
+    clear_tag: str = ""                     # the same for `Malote-Seal: no`
     seal_to_self: bool = False
     fold: bool = True
     partial_failure: Literal["personal", "relay"] = "personal"

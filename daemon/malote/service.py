@@ -23,8 +23,9 @@ import structlog
 import uvloop
 
 from malote.config import Config, ListenerConfig, config_faults, load_config
-from malote.core.policy import rule_faults
+from malote.core.policy import Policy
 from malote.core.primitives import check_post_quantum
+from malote.core.rules import rule_faults
 from malote.credentials import upstream_credentials
 from malote.errors import ConfigError, MaloteError, StoreUnavailable
 from malote.identities import Keyring
@@ -177,8 +178,9 @@ class Service:
         self._listeners |= opened
         if self._outgoing is not None:
             self._retired.append(self._outgoing)
+        policy = Policy(config.outgoing)
         for old in self._retired:       # what must be sealed from now on, must be sealed on open connections too
-            old.submissions.rules = config.outgoing.rules
+            old.submissions.policy = policy
         self._outgoing = build
 
     def _must_open(self, place: Place, listener: ListenerConfig) -> bool:
@@ -282,7 +284,7 @@ class Service:
 
 def check_config(config: Config, path: Path | None) -> None:
     """Raises `ConfigError` with every fault that the schema cannot see."""
-    if faults := config_faults(config) + rule_faults(config.outgoing.rules):
+    if faults := config_faults(config) + rule_faults(config.outgoing):
         raise ConfigError("\n".join(f"{path}: {fault}" if path else fault for fault in faults),
                           hint="malote check tells all that is wrong at once")
 

@@ -20,6 +20,7 @@ from malote.core import blob as core_blob
 from malote.core import seal as core_seal
 from malote.core.card import Card
 from malote.core.keys import SigningKey
+from malote.core.policy import Policy
 from malote.errors import StoreUnavailable
 from malote.outgoing import copies, delivery, sender, submission
 from malote.outgoing.delivery import Delivery
@@ -189,13 +190,16 @@ class Broken(Exception):
     """Nothing of ours: what a bug or a full memory would raise."""
 
 
+RULES = (RuleConfig(subjects=("*secret*",), seal="require"), RuleConfig(seal="require"))
+
 PLACES: list[tuple[Any, str]] = [
     (CardFinder, "find"), (Store, "cards"), (Store, "had_card"), (Store, "begin_send"), (Store, "begin_plain"),
     (Store, "finish_send"),
     (Store, "finish_send_later"), (Store, "local_key"), (Store, "outer_ids"), (Store, "remember_outer_id"),
     (Store, "log_outcome"),
-    (submission, "prepare"), (submission, "complete"), (submission, "decide_recipient"), (submission, "decide_encrypted"),
-    (submission, "check_mix"), (submission, "check_recipients"), (submission, "decide_signer"), (submission, "group_members"),
+    (submission, "prepare"), (submission, "complete"), (Policy, "decide_recipient"), (Policy, "decide_message"),
+    (submission, "decide_encrypted"),
+    (submission, "decide_refusal"), (submission, "read_content"), (submission, "decide_signer"), (submission, "group_members"),
     (submission, "hmac_sha256"), (submission, "threading_ids"), (submission, "decide_answer"), (submission, "received_line"),
     (copies, "seal"), (copies, "outer_headers"), (delivery, "make_copy"), (delivery, "mail_params"),
     (delivery, "same_transaction"), (Relay, "begin"), (Relay, "release"), (UpstreamConnection, "mail"),
@@ -233,7 +237,7 @@ async def _break(directory: Path, place: tuple[Any, str], error: type[Exception]
         return await broken(*args, **options)
     recipients = list(PEOPLE) if many else [BOB.address]
     content = text(cc="carol@test.example", in_reply_to="<zero@test.example>")
-    async with Upstream() as upstream, gateway(directory, upstream, config={"rules": (RuleConfig(seal="require"),)}) as gw:
+    async with Upstream() as upstream, gateway(directory, upstream, config={"rules": RULES}) as gw:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(where, name, broken_async if inspect.iscoroutinefunction(real) else broken)
             done = await gw.submit(ALICE.address, recipients, content, polite=False)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from malote.core.policy import decide_recipient
+from malote.core.policy import MessageFacts, Policy, RecipientFacts
 from malote.errors import UpstreamError
 from malote.outgoing.transaction import Recipient, Transaction
 from malote.smtp import relay
@@ -86,7 +86,8 @@ async def test_a_kept_connection_that_the_server_closed(tmp_path: Path, end: Ans
 async def test_a_recipient_of_a_transaction_that_ended_gets_into_nobody_elses(tmp_path: Path) -> None:
     """Its connection may be under way with another client's message: one recipient more would get that."""
     def recipient(address: str) -> Recipient:
-        return Recipient(address, address, {}, None, False, decide_recipient((), "", address, card=False, had_card=False))
+        decision = Policy().decide_recipient(MessageFacts(""), RecipientFacts(address, card=False, had_card=False))
+        return Recipient(address, address, {}, None, False, decision)
     async with Upstream() as upstream:
         pool = relay.Upstream(upstream_config(upstream.port, connections=1))
         lane = PooledLane(pool, 1)

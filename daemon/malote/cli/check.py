@@ -16,7 +16,7 @@ from malote.cli.probes import clock_probe, crypto_probe, keys_probe, listener_pr
 from malote.cli.server_probes import account_probe, upstream_probe
 from malote.cli.settings import Settings
 from malote.config import Config, config_faults
-from malote.core.policy import rule_faults
+from malote.core.rules import rule_faults
 from malote.errors import ConfigError, ExitCode, MaloteError
 from malote.store import Store
 from malote.terminal import fitted
@@ -53,7 +53,7 @@ def _configuration(settings: Settings) -> tuple[Config | None, list[Finding]]:
         lines = [_split(line) for line in str(error).split("\n")]
         return None, [Finding("configuration", State.FAULT, text, cure or error.hint) for text, cure in lines]
     return config, [Finding("configuration", State.FAULT, f"{settings.config_path}: {text}", cure)
-                    for text, cure in map(_split, config_faults(config) + rule_faults(config.outgoing.rules))]
+                    for text, cure in map(_split, config_faults(config) + rule_faults(config.outgoing))]
 
 
 def _split(text: str) -> tuple[str, str]:

@@ -1,8 +1,8 @@
 """The header of a message as exact bytes: found, taken apart into fields, and edited before sealing.
 
 Nothing is parsed and written again: a field that stays keeps every byte (docs/format.md 6.4). The edits are those of
-the design and in its order: remove Bcc, Resent-Bcc, Return-Path and Malote's own control and status fields; add Date and
-Message-ID where missing. The body is never looked at and copied at most once.
+the design and in its order: remove Bcc, Resent-Bcc, Return-Path and Malote's own control and status fields; remove the subject
+tag if there is one; add Date and Message-ID where missing. The body is never looked at and copied at most once.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from functools import lru_cache
 from typing import Literal, NamedTuple
 
 from malote.core.address import parse_mailboxes
+from malote.core.tags import Tag, take_tag
 from malote.errors import FormatError, MailLoop, Reply
 
 # 1,000 recipients (the server's limit) of 254 bytes and a name; Exim takes 1 MiB. Bounds work on what is not authenticated.
@@ -204,7 +205,7 @@ class Prepared:
     changed: bool                   # something was removed
     tail_offset: int                # from here on (the empty line and the body) the submitted bytes stay as they are
     line_end: bytes                 # of the fields that are added
-    controls: Control | None        # Malote-Seal
+    controls: Control | None        # Malote-Seal, or a tag in the subject
     from_address: str
     to_cc: frozenset[str]           # who is visible: To, Cc, Resent-To, Resent-Cc; everybody else is Bcc
     needs_date: bool
@@ -229,11 +230,11 @@ class Prepared:
         return _whole(parts[0]) if len(parts) == 1 else b"".join(parts)
 
 
-def prepare(submitted: Bytes) -> Prepared:
-    """Take the header apart, note what is to be removed, and find who speaks to whom.
+def prepare(submitted: Bytes, seal_tag: Tag | None = None, clear_tag: Tag | None = None) -> Prepared:
+    """Take the header apart, note what is to be removed, and find who speaks to whom. The tags say yes and no in a subject.
 
     Raises `FormatError`, with a text for the client, for a header with a bare CR, a NUL, or a line that is no field, over the
-    limits, with a bad Malote-Seal, or without exactly one author; `MailLoop` above `MAX_HOPS` Received lines.
+    limits, with a bad or contradictory Malote-Seal, or without exactly one author; `MailLoop` above `MAX_HOPS` Received lines.
     """
     header = split_header(submitted)[0]
     if header.count(b"\r") != header.count(b"\r\n") or b"\0" in header:
@@ -257,10 +258,11 @@ def prepare(submitted: Bytes) -> Prepared:
     hops = len(groups.get("received", ()))
     if hops > MAX_HOPS:
         raise MailLoop()
+    wanted = _take_tags(kept, seal_tag, clear_tag) if seal_tag is not None or clear_tag is not None else frozenset()
     return Prepared(
-        submitted=submitted, kept=tuple(kept), changed=len(kept) != len(fields), tail_offset=len(header),
+        submitted=submitted, kept=tuple(kept), changed=len(kept) != len(fields) or bool(wanted), tail_offset=len(header),
         line_end=b"\n" if b"\n" in header and b"\r\n" not in header else b"\r\n",
-        controls=_control(groups.get("malote-seal", ())), from_address=_author(groups.get("from", ())),
+        controls=_control(groups.get("malote-seal", ()), wanted), from_address=_author(groups.get("from", ())),
         to_cc=_visible(groups), needs_date="date" not in groups,
         message_id=_message_id(groups.get("message-id", ())), hops=hops,
     )
@@ -306,15 +308,31 @@ def _whole(data: Bytes) -> bytes:
     return data if isinstance(data, bytes) else bytes(data)
 
 
-def _control(raw_values: Iterable[bytes]) -> Control | None:
-    """Malote-Seal. Anything but a clear yes or no is refused: whoever writes it must not be misunderstood."""
-    wanted = {unfold(value).lower() for value in raw_values}
+def _take_tags(kept: list[Field], seal_tag: Tag | None, clear_tag: Tag | None) -> frozenset[bytes]:
+    """What the tags in the subjects say; they are gone from `kept` then."""
+    wanted: set[bytes] = set()
+    for number, field in enumerate(kept):
+        if field.name != "subject":
+            continue
+        for tag, word in ((seal_tag, b"yes"), (clear_tag, b"no")):
+            without = take_tag(kept[number].raw, tag) if tag is not None else None
+            if without is not None:
+                kept[number] = _field(without)
+                wanted.add(word)
+    return frozenset(wanted)
+
+
+def _control(raw_values: Iterable[bytes], tags: frozenset[bytes]) -> Control | None:
+    """Malote-Seal and tags. Anything but a clear yes or no is refused: whoever writes it must not be misunderstood."""
+    wanted = {unfold(value).lower() for value in raw_values} | tags
     if not wanted:
         return None
     if wanted == {b"yes"}:
         return "yes"
     if wanted == {b"no"}:
         return "no"
+    if tags:
+        raise refusal("The tag in the subject and the Malote-Seal field contradict each other")
     raise refusal("The Malote-Seal field must be yes or no")
 
 

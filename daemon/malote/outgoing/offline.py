@@ -13,7 +13,7 @@ from malote.config import OutgoingConfig
 from malote.core.address import domain_of
 from malote.core.identity import Identity
 from malote.core.message import complete, prepare
-from malote.core.policy import Action, decide_recipient
+from malote.core.policy import Action, MessageFacts, Policy, RecipientFacts
 from malote.core.primitives import hmac_sha256, random_bytes
 from malote.errors import KeyMissing
 from malote.outgoing.copies import Letter, make_copy
@@ -38,7 +38,7 @@ async def seal_offline(submitted: bytes, recipients: Sequence[str], *, identitie
 
     Raises `KeyMissing` naming who has no card, or the sender without an identity; `FormatError` for the message.
     """
-    prepared = prepare(submitted)
+    prepared = prepare(submitted, *Policy(config).tags)
     wanted = list(dict.fromkeys(recipients)) or sorted(prepared.to_cc)
     if not wanted:
         raise KeyMissing("the message names nobody in To or Cc", hint="name the recipients with --to")
@@ -69,8 +69,8 @@ async def _recipients(wanted: Sequence[str], sender: str, finder: CardFinder, co
     missing = [address for address, each in found.items() if each.card is None]
     if missing:
         raise KeyMissing(f"no card that can be used for {', '.join(missing)}; nothing was sealed", hint="malote keys import FILE")
-    people = {}
+    people, policy = {}, Policy(config)
     for address, each in found.items():
-        decision = decide_recipient(config.rules, sender, address, card=True, had_card=True)
+        decision = policy.decide_recipient(MessageFacts(sender), RecipientFacts(address, card=True, had_card=True))
         people[address] = Recipient(address, address, {}, each.card, had_card=True, decision=decision, action=Action.SEAL)
     return people

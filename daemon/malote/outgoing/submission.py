@@ -12,17 +12,29 @@ import asyncio
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TypeVar
 
 import structlog
 
-from malote.config import LimitsConfig, OutgoingConfig, RuleConfig
+from malote.config import LimitsConfig, OutgoingConfig
 from malote.core.address import domain_of, routed_addresses
+from malote.core.content import NO_CONTENT, Content, read_content
 from malote.core.encrypted import Encrypted, decide_encrypted
 from malote.core.identity import Identity
 from malote.core.message import Prepared, complete, prepare
 from malote.core.outer import threading_ids
-from malote.core.policy import Action, check_mix, check_recipients, decide_envelope, decide_recipient
+from malote.core.policy import (
+    Action,
+    MessageDecision,
+    MessageFacts,
+    Policy,
+    RecipientFacts,
+    decide_refusal,
+    left_out_reply,
+    named,
+    refusal_of,
+)
 from malote.core.primitives import hmac_sha256, random_bytes
 from malote.errors import (
     ClockWrong,
@@ -63,6 +75,7 @@ _WRITTEN = {
     State.DEFERRED: Written.UNSENT, State.IN_DOUBT: Written.IN_DOUBT,
 }
 _BEFORE = Reply(250, "2.0.0", "Accepted before")
+_NOT_YOURS = Reply(550, "5.7.1", "The From address is not one of this login, and rules depend on who writes; nothing was sent")
 _NOT_NOTIFIED = Reply(451, "4.3.0", "Some recipients were refused and the sender cannot be notified now, try again later")
 
 
@@ -95,7 +108,7 @@ class Submissions:
                  identities: Callable[[], Mapping[str, Identity]], clock_ms: Callable[[], int],
                  inflight: InFlight | None = None) -> None:
         self.config = config
-        self.rules = config.rules       # replaced by a reload, also for connections that are open: policy does not wait for them
+        self.policy = Policy(config)    # replaced by a reload, also for connections that are open: policy does not wait for them
         self.clock_ms = clock_ms
         self.cards = CardFinder(store)
         self._limits = limits
@@ -111,25 +124,22 @@ class Submissions:
 
     async def recipient(self, address: str, path: str, params: Params, sender: str) -> Recipient:
         """Look up the card and decide what the envelope alone shows. Raises `KeyMissing`, `PolicyRefused` for a refusal."""
+        policy = self.policy
         found = await self.cards.find(address, self.clock_ms())
-        rules, card = self.rules, found.card is not None
-        decision = decide_recipient(rules, sender, address, card=card, had_card=found.had_card)
+        facts = RecipientFacts(address, found.card is not None, found.had_card)
+        decision = policy.decide_recipient(MessageFacts(sender), facts)
+        routes = tuple([await self._facts(target) for target in routed_addresses(address)])
         if decision.action is Action.PLAIN:
-            await self._check_routes(rules, address, sender)
+            _check_routes(policy, MessageFacts(sender), routes)
         if decision.action is Action.REFUSE:
-            refused = decide_envelope(rules, sender, address, card=card, had_card=found.had_card)
+            refused = policy.decide_envelope(facts, sender)
             if refused is not None:
-                check_recipients([refused])
-        return Recipient(address, path, params, found.card, found.had_card, decision, rules)
+                raise refusal_of([refused])
+        return Recipient(address, path, params, found.card, found.had_card, decision, policy, routes)
 
-    async def _check_routes(self, rules: Sequence[RuleConfig], address: str, sender: str) -> None:
-        """What must be sealed for bob@b.example does not leave in clear for bob%b.example@relay. Raises `PolicyRefused`."""
-        for target in routed_addresses(address):
-            found = await self.cards.find(target, self.clock_ms())
-            decision = decide_recipient(rules, sender, target, card=found.card is not None, had_card=found.had_card)
-            if decision.action is not Action.PLAIN:
-                text = f"Mail for {printable(target)} must be sealed, so write to that address itself; nothing was sent"
-                raise PolicyRefused("a route to a recipient whose mail is sealed", reply=Reply(550, "5.7.1", text))
+    async def _facts(self, address: str) -> RecipientFacts:
+        found = await self.cards.find(address, self.clock_ms())
+        return RecipientFacts(address, found.card is not None, found.had_card)
 
     async def send(self, session: ClientSession, tx: Transaction, submitter: Submitter, content: bytearray) -> Finished:
         """Raises `MaloteError` with the reply when nothing was sent. `content` is emptied as soon as it is not needed."""
@@ -158,13 +168,18 @@ class Submissions:
     async def _send(self, session: ClientSession, tx: Transaction, submitter: Submitter, content: bytearray,
                     line: Line) -> Finished:
         deadline = asyncio.get_running_loop().time() + self._limits.reply_within_seconds
-        prepared = await self._work(len(content), prepare, content)     # 512 KB of header take a third of a second
+        policy = self.policy
+        prepared = await self._work(len(content), prepare, content, *policy.tags)   # 512 KB of header take a third of a second
         line.from_address = prepared.from_address
         recipients = {recipient.address: recipient for recipient in tx.recipients}
         ids = threading_ids(prepared.kept)
         known = await self._store.outer_ids(ids) if ids else {}
         encrypted = await self._work(len(content), decide_encrypted, content)
-        identity = self._decide(recipients, prepared, encrypted, submitter, reply=bool(known))
+        asked = NO_CONTENT
+        if policy.table.asks_content:
+            asked = await self._work(len(content), partial(
+                read_content, prepared.kept, content, policy.table.wanted, null_sender=not tx.sender))
+        identity = self._decide(policy, recipients, prepared, encrypted, asked, submitter, reply=bool(known))
         digest = await self._digest(prepared)
         key = (submitter.login, prepared.from_address, digest)
         turn = self._inflight.take(key) or await self._wait_for_turn(key, tx, deadline)
@@ -176,6 +191,7 @@ class Submissions:
             del prepared
             content.clear()
             delivery = Delivery(letter, tx.lane, tx.sender, tx.params, deadline, session.keep_going, self._executor)
+            delivery.outcomes.update(_left_out(letter, turn))
             return await self._deliver(delivery, shown, plan, turn, tx, line)
         finally:
             self._inflight.give_back(key, turn)
@@ -190,22 +206,28 @@ class Submissions:
 
     # decide
 
-    def _decide(self, recipients: Mapping[str, Recipient], prepared: Prepared, encrypted: Encrypted,
-                submitter: Submitter, *, reply: bool) -> Identity | None:
+    def _decide(self, policy: Policy, recipients: Mapping[str, Recipient], prepared: Prepared, encrypted: Encrypted,
+                content: Content, submitter: Submitter, *, reply: bool) -> Identity | None:
         """The final action of each recipient, and who signs. Raises `MaloteError` when the whole message is refused."""
-        from_address = prepared.from_address
+        from_address, table = prepared.from_address, policy.table
         identities = self._identities()
         exists = from_address in identities or f"@{domain_of(from_address)}" in identities
-        changed = any(recipient.rules is not self.rules for recipient in recipients.values())
-        if changed or prepared.controls is not None or reply or encrypted != "no" or not exists:    # else RCPT had all of it
-            for recipient in recipients.values():
-                recipient.decision = decide_recipient(
-                    self.rules, from_address, recipient.address, card=recipient.card is not None,
-                    had_card=recipient.had_card, control=prepared.controls, reply=reply, encrypted=encrypted, identity=exists)
-        decisions = [recipient.decision for recipient in recipients.values()]
-        check_recipients(decisions)
-        check_mix(decisions)
-        sealing = any(decision.action is Action.SEAL for decision in decisions)
+        if table.asks_sender and not submitter.owns(from_address):      # or whoever wants a weaker rule writes another From
+            raise SenderRefused("rules tell senders apart", reply=_NOT_YOURS)
+        changed = any(recipient.policy is not policy for recipient in recipients.values())
+        if (changed or prepared.controls is not None or reply or encrypted != "no" or not exists
+                or table.asks_sender or table.asks_content):
+            facts = MessageFacts(from_address, exists, prepared.controls, reply, encrypted, content)
+            decided = policy.decide_message(facts, [recipient.facts for recipient in recipients.values()])
+            for recipient, decision in zip(recipients.values(), decided.decisions, strict=True):
+                recipient.decision = decision
+                if decision.action is Action.PLAIN:
+                    _check_routes(policy, facts, recipient.routes)
+        else:       # RCPT had all of it
+            decisions = tuple([recipient.decision for recipient in recipients.values()])
+            decided = MessageDecision(decisions, decide_refusal(decisions))
+        decided.check()
+        sealing = any(decision.action is Action.SEAL for decision in decided.decisions)
         identity = decide_signer(identities, submitter, from_address) if sealing else None
         for recipient in recipients.values():
             recipient.action = recipient.decision.action
@@ -283,12 +305,13 @@ class Submissions:
         notify = [address for address in answer.notify if _wants_notice(letter.recipients[address].params)]
         if notify and not await self._notify(notify, outcomes, delivery, tx):
             return Finished(_NOT_NOTIFIED)
-        return Finished(answer.reply, plan if answer.reply.code // 100 == 2 else None)
+        reply = _split_reply(letter, answer.reply) if line.outcome == "split" else answer.reply
+        return Finished(reply, plan if reply.code // 100 == 2 else None)
 
     def _groups(self, letter: Letter, shown: frozenset[str], before: Mapping[str, Outcome]) -> tuple[Group, ...]:
         members = [
             Member(each.address, each.action is Action.SEAL, each.decision.list, letter.rows[each.address].stream)
-            for each in letter.recipients.values() if each.address not in before
+            for each in letter.recipients.values() if each.address not in before and each.action is not Action.REFUSE
         ]
         return group_members(members, shown, reserve=1 if letter.to_self is not None else 0)
 
@@ -334,7 +357,7 @@ class Submissions:
         for outcome in outcomes.values():
             line.states[outcome.state] = line.states.get(outcome.state, 0) + 1
         line.sealed = sum(recipient.action is Action.SEAL for recipient in letter.recipients.values())
-        line.plain = len(letter.recipients) - line.sealed
+        line.plain = sum(recipient.action is Action.PLAIN for recipient in letter.recipients.values())
         line.copies = copies
         if line.states.get(State.ACCEPTED) == len(outcomes):
             line.outcome = "sealed" if not line.plain else "plain" if not line.sealed else "split"
@@ -354,6 +377,14 @@ class Submissions:
             sender=line.from_address, recipients=len(tx.recipients), detail=f"{code} {line.why}".rstrip(), took_ms=took_ms))
 
 
+def _check_routes(policy: Policy, message: MessageFacts, routes: Sequence[RecipientFacts]) -> None:
+    """What must be sealed for bob@b.example does not leave in clear for bob%b.example@relay. Raises `PolicyRefused`."""
+    for target in routes:
+        if policy.decide_recipient(message, target).action is not Action.PLAIN:
+            text = f"Mail for {printable(target.address)} must be sealed, so write to that address itself; nothing was sent"
+            raise PolicyRefused("a route to a recipient whose mail is sealed", reply=Reply(550, "5.7.1", text))
+
+
 _WHY: Mapping[type[MaloteError], str] = {       # never the reply's text, which names the recipients
     KeyMissing: "no card", SenderRefused: "no identity that may sign", PolicyRefused: "by a rule", FormatError: "no mail",
     MailLoop: "a loop", TooBusy: "too busy", ClockWrong: "the clock is wrong", StoreUnavailable: "the store is not available",
@@ -362,6 +393,21 @@ _WHY: Mapping[type[MaloteError], str] = {       # never the reply's text, which 
 
 def _why(error: MaloteError) -> str:
     return next((why for kind, why in _WHY.items() if isinstance(error, kind)), "")
+
+
+def _left_out(letter: Letter, turn: Turn) -> dict[str, Outcome]:
+    """Those who may not get what the others get (`mixed = "split"`): reported as the upstream server's refusals are."""
+    return {each.address: Outcome(State.REFUSED, left_out_reply(each.decision)) for each in letter.recipients.values()
+            if each.action is Action.REFUSE and each.address not in turn.earlier
+            and letter.rows[each.address].state is not SendState.ACCEPTED}
+
+
+def _split_reply(letter: Letter, reply: Reply) -> Reply:
+    """A person is told who got it in clear, as far as a reply can: RFC 9787 9.6."""
+    clear = [each.address for each in letter.recipients.values() if each.decision.clear]
+    if reply.code // 100 != 2 or not clear:
+        return reply
+    return Reply(reply.code, reply.enhanced, f"{reply.text}\nNOT sealed for {named(clear)}")
 
 
 # One blob serves several recipients of a copy: it went out as soon as it went out for one of them.

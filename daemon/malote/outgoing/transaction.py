@@ -7,12 +7,10 @@ together with the first RCPT: by then it is known whether the message will most 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from malote.config import RuleConfig
 from malote.core.card import Card
-from malote.core.policy import Action, Decision
+from malote.core.policy import Action, Decision, Policy, RecipientFacts
 from malote.errors import Reply, UpstreamError
 from malote.outgoing.envelope import estimated_size, mail_params
 from malote.smtp.desk import Params
@@ -31,9 +29,14 @@ class Recipient:
     card: Card | None
     had_card: bool
     decision: Decision          # from the envelope alone, then from the content too
-    rules: Sequence[RuleConfig] = ()    # that were in force then
+    policy: Policy | None = None    # that was in force then
+    routes: tuple[RecipientFacts, ...] = ()     # where a server may send it on to, by its local part
     action: Action | None = None    # final; None: not decided, and nothing may be sent
     reply: asyncio.Future[Reply] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+
+    @property
+    def facts(self) -> RecipientFacts:
+        return RecipientFacts(self.address, self.card is not None, self.had_card)
 
     @property
     def accepted(self) -> bool:
