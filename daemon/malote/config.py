@@ -38,6 +38,10 @@ class Security(StrEnum):
     NONE = "none"           # clear text: accepted only for loopback addresses and UNIX sockets
 
 
+class ServiceConfig(Section):
+    workers: int = Field(1, ge=1, le=64)    # processes that share the listening sockets; 1: one process and no other
+
+
 class StoreConfig(Section):
     path: OptionalPath = None    # directory; default: /var/lib/malote for root or the service, XDG data directory for a person
     remember_days: int = Field(400, ge=28)      # how long a message is remembered; a repeat after that is LATE, never FRESH
@@ -198,6 +202,7 @@ class AccountConfig(Section):
 
 
 class Config(Section):
+    service: ServiceConfig = ServiceConfig()
     store: StoreConfig = StoreConfig()
     keys: KeysConfig = KeysConfig()
     log: LogConfig = LogConfig()

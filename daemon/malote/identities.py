@@ -50,6 +50,12 @@ class Keyring:
         self._mark = mark
         return True
 
+    def again(self, store: Store) -> Keyring:
+        """The same, unlocked already, over another process's connection to the store: nobody is asked, nothing stretched."""
+        heir = Keyring(store, self._passphrase, ask_once=self._ask_once)
+        heir._key, heir._header = self._key, self._header
+        return heir
+
     def _end_asking(self, answer: bytes | None) -> None:
         """A prompt would hold up the whole service: from now on the answer is what it was."""
         if not self._ask_once:

@@ -15,7 +15,7 @@ import logging
 import re
 import sys
 import threading
-from collections.abc import MutableMapping
+from collections.abc import Iterator, MutableMapping
 from contextlib import suppress
 from typing import Any, TextIO
 
@@ -28,6 +28,7 @@ ADDRESS_FIELDS = ("address", "addresses", "sender", "recipient", "recipients", "
 # aiosmtpd logs DATA lines and AUTH on "mail.log" and "mail.debug", aioimaplib each chunk received on its own
 SILENCED = ("mail.log", "mail.debug", "mail", "aioimaplib", "asyncio", "sqlalchemy", "alembic")
 OURS = "malote"
+BLOCK_CHARS = 4096      # written at once: other workers write to the same pipe, and PIPE_BUF bytes do not mix (pipe(7))
 HOLD_SECONDS = 0.05     # how long lines wait on a busy event loop for others: writing each costs more than making it
 _WORDS = re.compile(r"[A-Za-z][A-Za-z ,-]{0,59}")      # ends before the first value: a repr, a quote, a number
 
@@ -63,12 +64,24 @@ class Lines:
         self._waiting = False
         with self._lock, suppress(OSError, ValueError):     # a log that cannot be written, or was closed, does not stop the mail
             lines, self._lines = self._lines, []
-            if lines:
-                self._file.write("\n".join(lines) + "\n")
+            for block in _blocks(lines):
+                self._file.write(block)
                 self._file.flush()
 
     debug = info = msg = log = say      # structlog calls the method of the level
     warning = warn = error = err = critical = fatal = failure = exception = urgent
+
+
+def _blocks(lines: list[str]) -> Iterator[str]:
+    """Whole lines, up to BLOCK_CHARS together; a longer one goes alone."""
+    block = ""
+    for line in lines:
+        if block and len(block) + len(line) >= BLOCK_CHARS:
+            yield block
+            block = ""
+        block += line + "\n"
+    if block:
+        yield block
 
 
 _lines: Lines | None = None

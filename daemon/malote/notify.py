@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import socket
+import time
+from typing import Protocol
 
 
 def notify(*states: str) -> bool:
@@ -20,6 +22,10 @@ def notify(*states: str) -> bool:
     return True
 
 
+def notify_reloading() -> bool:
+    return notify("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
+
+
 def watchdog_seconds() -> float | None:
     """How often `WATCHDOG=1` is due, half of what the manager waits; None where it does not watch us."""
     try:
@@ -28,3 +34,37 @@ def watchdog_seconds() -> float | None:
     except ValueError:
         return None
     return waits_us / 2e6 if ours and waits_us > 0 else None
+
+
+class Manager(Protocol):
+    """Whoever watches over this process: systemd, or a supervisor of ours."""
+
+    alive_seconds: float | None     # how often `alive` is wanted; None: not at all
+
+    def ready(self, status: str) -> None: ...
+    def alive(self) -> None: ...
+    def reloading(self) -> None: ...
+    def reloaded(self, *, fault: str = "") -> None: ...
+    def stopping(self) -> None: ...
+
+
+class Systemd:
+    """The service manager of the machine, if there is one."""
+
+    def __init__(self) -> None:
+        self.alive_seconds = watchdog_seconds()
+
+    def ready(self, status: str) -> None:
+        notify("READY=1", f"STATUS={status}")
+
+    def alive(self) -> None:
+        notify("WATCHDOG=1")
+
+    def reloading(self) -> None:
+        notify_reloading()
+
+    def reloaded(self, *, fault: str = "") -> None:     # what it was is in the log
+        notify("READY=1")
+
+    def stopping(self) -> None:
+        notify("STOPPING=1")

@@ -1,5 +1,7 @@
 """Builds everything from the configuration and runs it: listeners, watchers, upkeep, signals. Only this module names them all.
 
+With `service.workers` above 1 this runs in each of them, under a supervisor (supervisor.py) that has bound the sockets.
+
 A reload (SIGHUP) builds what changed beside what runs: open connections keep the desk they began with, new ones get the new one
 (but the rules, what must be sealed, are the new ones for both at once);
 watchers whose account did not change are left alone. A configuration with faults changes nothing.
@@ -30,7 +32,7 @@ from malote.credentials import upstream_credentials
 from malote.errors import ConfigError, MaloteError, StoreUnavailable
 from malote.identities import Keyring
 from malote.logs import configure_logs, hook_uncaught
-from malote.notify import notify, watchdog_seconds
+from malote.notify import Manager, Systemd
 from malote.outgoing.inflight import InFlight
 from malote.outgoing.memory import return_large_blocks
 from malote.outgoing.sender import Sender
@@ -41,7 +43,9 @@ from malote.smtp.conversation import ServerSettings
 from malote.smtp.listener import Listener, server_settings
 from malote.smtp.open_connections import Connections
 from malote.smtp.relay import Credentials, Upstream
+from malote.smtp.sockets import Activated
 from malote.store import Store
+from malote.supervisor import Post, Supervisor
 from malote.watching import Accounts, check_accounts
 
 DRAIN_SECONDS = 240.0           # for mail in flight at the end; the unit's TimeoutStopSec is longer
@@ -78,13 +82,18 @@ class Outgoing:
 
 @dataclass(slots=True)
 class Service:
-    """`await run()` returns when told to stop. `keyring` is unlocked; `store` is open; both are closed by the caller."""
+    """`await run()` returns when told to stop. `keyring` is unlocked; `store` is open; both are closed by the caller.
+    `post`: what the supervisor gives to a worker; None: this is the only process."""
 
     config: Config
     config_path: Path | None
     store: Store
     keyring: Keyring
+    post: Post | None = None
     host: str = field(default_factory=socket.getfqdn)
+    _manager: Manager = field(init=False)
+    _activated: Activated = field(init=False)
+    _next: Config | None = None         # from the supervisor, for the reload that it has asked for
     _outgoing: Outgoing | None = None
     _retired: list[Outgoing] = field(default_factory=list)
     _listeners: dict[Place, Listener] = field(default_factory=dict)
@@ -96,6 +105,8 @@ class Service:
     _reload: asyncio.Event = field(default_factory=asyncio.Event)
 
     def __post_init__(self) -> None:
+        self._manager = self.post if self.post is not None else Systemd()
+        self._activated = Activated() if self.post is None else Activated({})
         self._accounts = Accounts(self.store, self.keyring, end_seconds=DRAIN_SECONDS)
 
     # --- life ---
@@ -104,6 +115,8 @@ class Service:
         """Raises `MaloteError` if it cannot start."""
         await self.keyring.refresh()
         self._budget = MemoryBudget(self.config.limits.memory_budget)
+        if self.post is not None:
+            self._budget.shared = self.post.siblings.memory(self.post.slot)
         self._connections = Connections(self.config.limits.connections)
         self._hear_signals()
         try:
@@ -116,8 +129,13 @@ class Service:
                 for task in upkeep:
                     task.cancel()
         finally:
-            notify("STOPPING=1")
+            self._manager.stopping()
             await self._end()
+
+    @property
+    def slot(self) -> int | None:
+        """Which of the workers this is; None: the only process."""
+        return self.post.slot if self.post is not None else None
 
     def stop(self) -> None:
         self._stop.set()
@@ -126,12 +144,27 @@ class Service:
         loop = asyncio.get_running_loop()
         for name in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(name, self._stop.set)
-        loop.add_signal_handler(signal.SIGHUP, self._reload.set)
+        if self.post is None:
+            loop.add_signal_handler(signal.SIGHUP, self._reload.set)
+        else:
+            loop.add_reader(self.post.channel.socket, self._hear_supervisor, self.post)
+
+    def _hear_supervisor(self, post: Post) -> None:
+        for order in post.orders():
+            if order is None:       # also when it is gone: a new one can begin only when we have ended
+                asyncio.get_running_loop().remove_reader(post.channel.socket)
+                self._stop.set()
+                return
+            self._next, sockets = order
+            for sock in (each for bound in post.sockets.values() for each in bound):
+                sock.close()        # what was not needed of the last ones
+            post.sockets = sockets
+            self._reload.set()
 
     def _say_ready(self) -> None:
         addresses = [f"{host}:{port}" for listener in self._listeners.values() for host, port in listener.addresses]
         log.info("ready", listening=addresses, accounts=self._accounts.names, identities=len(self.keyring.identities))
-        notify("READY=1", f"STATUS=listening on {len(self._listeners)}, watching {len(self._accounts.names)}")
+        self._manager.ready(f"listening on {len(self._listeners)}, watching {len(self._accounts.names)}")
 
     async def _end(self) -> None:
         """No new work, then what is under way is finished, then everything is closed."""
@@ -194,8 +227,14 @@ class Service:
 
     async def _open(self, listener: ListenerConfig, settings: ServerSettings, desk: Sender) -> Listener:
         fresh = Listener(settings, desk, self._connections, self._budget)
-        await fresh.open(listener)
+        await fresh.open(listener, self._given_sockets(listener))
         return fresh
+
+    def _given_sockets(self, listener: ListenerConfig) -> list[socket.socket]:
+        """Those that the supervisor or systemd has bound; none: the listener binds its own."""
+        if self.post is None:
+            return self._activated.find(listener)
+        return [sock.dup() for sock in self.post.sockets[listener.place]]
 
     def _build_outgoing(self, config: Config) -> Outgoing:
         upstream_config = config.outgoing.upstream
@@ -219,19 +258,21 @@ class Service:
         while True:
             await self._reload.wait()
             self._reload.clear()
-            notify("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
+            self._manager.reloading()
+            fault = ""
             try:
                 await self._reload_now()
             except MaloteError as error:
-                log.error("not reloaded, the old configuration stays", fault=str(error), hint=error.hint)
-            except Exception:
+                fault = str(error)
+                log.error("not reloaded, the old configuration stays", fault=fault, hint=error.hint)
+            except Exception as error:
+                fault = type(error).__name__
                 log.exception("not reloaded, the old configuration stays")
-            notify("READY=1")
+            self._manager.reloaded(fault=fault)
 
     async def _reload_now(self) -> None:
-        config = load_config(self.config_path) if self.config_path is not None else self.config
-        check_config(config, self.config_path)
-        for section in ("store", "keys"):
+        config = self._next or load_checked(self.config, self.config_path)
+        for section in ("service", "store", "keys"):
             if getattr(config, section) != getattr(self.config, section):
                 log.warning("a change of this section needs a restart", section=section)
         await self.keyring.refresh()
@@ -276,10 +317,22 @@ class Service:
 
     async def _feed_watchdog(self) -> None:
         """A loop that hangs does not feed it, and is restarted."""
-        seconds = watchdog_seconds()
-        while seconds is not None:
-            notify("WATCHDOG=1")
+        while (seconds := self._manager.alive_seconds) is not None:
+            self._manager.alive()
             await asyncio.sleep(seconds)
+
+
+def listeners_of(config: Config) -> dict[Place, ListenerConfig]:
+    """All that a service with this configuration listens on."""
+    return {listener.place: listener for listener in config.outgoing.listeners} if config.outgoing.enabled else {}
+
+
+def load_checked(config: Config, path: Path | None) -> Config:
+    """The configuration anew from its file, or the one there is. Raises `ConfigError`."""
+    fresh = load_config(path) if path is not None else config
+    check_config(fresh, path)
+    check_accounts(fresh)
+    return fresh
 
 
 def check_config(config: Config, path: Path | None) -> None:
@@ -330,4 +383,39 @@ def run(config: Config, config_path: Path | None, store_path: Path, passphrase: 
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))    # private keys and plain text are in this memory: no core file
     return_large_blocks()
     sys.setswitchinterval(SWITCH_SECONDS)
-    uvloop.run(serve(config, config_path, store_path, passphrase))
+    if config.service.workers == 1:
+        uvloop.run(serve(config, config_path, store_path, passphrase))
+    else:
+        supervise(config, config_path, store_path, passphrase)
+
+
+def supervise(config: Config, config_path: Path | None, store_path: Path, passphrase: Callable[[], bytes]) -> None:
+    """The same with several workers. Raises `MaloteError` if they cannot start, or cannot be kept running."""
+    async def begin() -> tuple[int, Keyring]:
+        store = await Store.open(store_path)
+        try:
+            lock = _only_one(store_path / LOCK_NAME)
+            keyring = Keyring(store, passphrase, ask_once=config.keys.unlock == "prompt")
+            await keyring.refresh()
+            return lock, keyring
+        finally:
+            await store.close()
+
+    async def work(post: Post) -> None:
+        store = await Store.open(store_path)
+        try:
+            await Service(post.config, config_path, store, keyring.again(store), post).run()
+        finally:
+            await store.close()
+
+    def worker(post: Post) -> int:
+        configure_logs(post.config.log, held=True)
+        uvloop.run(work(post))
+        return 0
+
+    check_accounts(config)
+    lock, keyring = asyncio.run(begin())    # no uvloop before the fork: it leaves threads behind
+    try:
+        Supervisor(config, listeners=listeners_of, load=lambda: load_checked(config, config_path), work=worker).run()
+    finally:
+        os.close(lock)

@@ -79,10 +79,15 @@ class Daemon:
         self._manager.bind(str(self._notify))
         self._manager.settimeout(0.1)
 
-    def start(self, **environment: str) -> Self:
+    def start(self, *, sockets: Sequence[socket.socket] = (), **environment: str) -> Self:
+        """`sockets`: handed over as systemd does it (socket activation)."""
+        command: list[str] = [*MALOTE, "--config", str(self.home.config), "run"]
+        if sockets:
+            moves = " ".join(f"{number}<&{sock.fileno()}" for number, sock in enumerate(sockets, 3))
+            command = ["bash", "-c", f'export LISTEN_PID=$$ LISTEN_FDS={len(sockets)}; exec "$@" {moves}', "bash", *command]
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                [*MALOTE, "--config", str(self.home.config), "run"], stdout=log, stderr=log, stdin=subprocess.DEVNULL,
+                command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, pass_fds=[sock.fileno() for sock in sockets],
                 env={**os.environ, "NOTIFY_SOCKET": str(self._notify), **environment}, start_new_session=True)
         return self
 
@@ -102,6 +107,12 @@ class Daemon:
     def pid(self) -> int:
         assert self.process is not None
         return self.process.pid
+
+    @property
+    def workers(self) -> list[int]:
+        """Process ids of the workers, in the order of their start."""
+        children = Path(f"/proc/{self.pid}/task/{self.pid}/children")
+        return [int(pid) for pid in children.read_text().split()]
 
     def signal(self, number: signal.Signals) -> None:
         assert self.process is not None
