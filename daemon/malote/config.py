@@ -8,20 +8,32 @@ from __future__ import annotations
 
 import ipaddress
 import json
+import re
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from malote.errors import ConfigError
 
 OptionalPath = Annotated[Path | None, BeforeValidator(lambda value: None if value == "" else value)]   # "" says: not set
 Port = Annotated[int, Field(ge=1, le=65535)]
 Seconds = Annotated[float, Field(gt=0)]
+_ADDRESS = re.compile(r"[A-Za-z0-9!#$%&'*+/=?^_`.{|}~-]+@[A-Za-z0-9-]+(?:\.[A-Za-z0-9-]+)*")
+MIN_PREFIX = 7      # 10.0.0.0/8 and fc00::/7 are somebody's own; more is anybody's
+
+
+def _checked_network(name: str) -> str:
+    if name != "unix":
+        ipaddress.ip_network(name)      # its ValueError says what is wrong, as "has host bits set"
+    return name
+
+
+Network = Annotated[str, AfterValidator(_checked_network)]      # an address, a network, or "unix": whoever opens the UNIX socket
 
 
 class Section(BaseModel):
@@ -65,11 +77,18 @@ class ListenerConfig(Section):
     host: str = "127.0.0.1"
     port: Port = 2525
     socket: OptionalPath = None          # a UNIX socket instead of host and port; the peer's uid is its authentication
+    socket_mode: int = Field(0o666, ge=0, le=0o777)     # who may connect is decided by uid and the directory, as for /dev/log
+    socket_group: str = ""
+    networks: tuple[Network, ...] = ()      # whose connections are taken; none: all
+    proxies: tuple[Network, ...] = ()       # peers that begin with a PROXY header, which says who the client is
+    xclient: tuple[Network, ...] = ()       # peers that may speak for others: XCLIENT, XFORWARD
     tls: Literal["none", "starttls", "tls"] = "none"
     certificate: OptionalPath = None
     certificate_key: OptionalPath = None
-    auth: Literal["pass-through", "local", "peer", "none"] = "pass-through"
-    users_file: OptionalPath = None      # with auth = "local": lines `login:argon2id hash:address,address`
+    client_ca: OptionalPath = None       # clients with a certificate of these authorities are logged in, by users_file
+    auth: Literal["pass-through", "upstream", "local", "certificate", "peer", "none"] = "pass-through"
+    users_file: OptionalPath = None      # lines `login:argon2id hash:address,address`
+    senders: Literal["auto", "own", "any"] = "auto"     # auto: own, where the upstream server does not know the login
 
     @property
     def place(self) -> tuple[str, int]:
@@ -103,6 +122,12 @@ class LimitsConfig(Section):
     max_message_bytes: int = Field(50 * 1024 * 1024, ge=64 * 1024)      # taken in; SIZE says less if upstream takes less
     memory_budget: int = Field(512 * 1024 * 1024, ge=16 * 1024 * 1024)  # bytes of all messages in flight; above it 452
     connections: int = Field(200, ge=1)
+    client_connections: int = Field(100, ge=0)              # of one client address at once; 0: no limit, as in those below
+    client_connections_per_minute: int = Field(0, ge=0)
+    client_messages_per_minute: int = Field(0, ge=0)
+    client_recipients_per_minute: int = Field(0, ge=0)
+    login_messages_per_minute: int = Field(0, ge=0)
+    login_recipients_per_minute: int = Field(0, ge=0)
     recipients: int = Field(1000, ge=1)
     command_seconds: Seconds = 300
     data_block_seconds: Seconds = 180
@@ -172,6 +197,41 @@ class OutgoingConfig(Section):
     seal_to_self: bool = False
     fold: bool = True
     partial_failure: Literal["personal", "relay"] = "personal"
+
+
+class OpeningConfig(Section):
+    """One address on which mail for our own people is taken in, opened, and handed to their mail server."""
+
+    host: str = "127.0.0.1"
+    port: Port = 2626
+    socket: OptionalPath = None          # a UNIX socket instead of host and port
+    socket_mode: int = Field(0o666, ge=0, le=0o777)
+    socket_group: str = ""
+    protocol: Literal["lmtp", "smtp"] = "lmtp"      # lmtp: each recipient has an answer of its own
+    networks: tuple[Network, ...] = ()      # whose connections are taken; none: all
+    proxies: tuple[Network, ...] = ()
+    tls: Literal["none", "starttls", "tls"] = "none"
+    certificate: OptionalPath = None
+    certificate_key: OptionalPath = None
+    quarantine: str                         # no default: "refuse", or an address, as "{local}+quarantine@{domain}"
+    late_days: int = Field(7, ge=1)
+    clock_skew_seconds: int = Field(600, ge=0)
+    upstream: UpstreamConfig                # the mail server of the recipients
+
+    @property
+    def listener(self) -> ListenerConfig:
+        """What of it concerns the socket."""
+        return ListenerConfig(host=self.host, port=self.port, socket=self.socket, socket_mode=self.socket_mode,
+                              socket_group=self.socket_group, networks=self.networks, proxies=self.proxies, tls=self.tls,
+                              certificate=self.certificate, certificate_key=self.certificate_key, auth="none")
+
+    @property
+    def place(self) -> tuple[str, int]:
+        return self.listener.place
+
+
+class IncomingConfig(Section):
+    listeners: tuple[OpeningConfig, ...] = ()
 
 
 class AccountConfig(Section):
@@ -314,18 +374,54 @@ def _listener_faults(listener: ListenerConfig, upstream: UpstreamConfig) -> Iter
     local = listener.socket is not None or is_loopback(listener.host)
     if listener.tls != "none" and not (listener.certificate and listener.certificate_key):
         yield f'certificate: tls = "{listener.tls}" needs certificate and certificate_key'
-    if listener.auth == "local" and not listener.users_file:
-        yield 'users_file: must be set with auth = "local"'
+    if listener.auth in ("local", "certificate") and not listener.users_file:
+        yield f'users_file: must be set with auth = "{listener.auth}"'
+    if listener.auth == "certificate" and not listener.client_ca:
+        yield 'client_ca: must be set with auth = "certificate"; it names who signs the certificates of clients'
+    if listener.client_ca and listener.auth not in ("local", "certificate"):
+        yield 'client_ca: has no effect with this auth; use auth = "certificate", or "local" to take passwords too'
+    if listener.client_ca and listener.tls == "none":
+        yield 'client_ca: needs tls = "starttls" or "tls"'
+    if listener.senders == "own" and listener.auth == "none" and not listener.xclient:
+        yield 'senders: "own" needs a login, and auth = "none" asks for none'
     if listener.auth == "peer" and not listener.socket:
         yield 'auth: "peer" is the user at the other end of a UNIX socket; set socket'
     if listener.auth == "pass-through" and upstream.username:
-        yield 'auth: "pass-through" has no use for the configured upstream.username; use "local" or "peer"'
+        yield 'auth: "pass-through" has no use for the configured upstream.username; use "upstream", "local" or "peer"'
     if listener.auth == "none" and upstream.username:
         yield 'auth: "none" would let anybody who reaches the port send with upstream.username; use "local" or "peer"'
-    if not local and listener.auth == "none":
-        yield 'auth: "none" on an address that others reach is an open relay; use "pass-through" or "local"'
+    if not local and listener.auth == "none" and (not listener.networks or _holds_all(listener.networks)):
+        yield 'auth: "none" on an address that others reach is an open relay; use "pass-through" or "local", or set networks'
     if not local and listener.tls == "none":
         yield 'tls: "none" would show logins and mail to the network; use "starttls" or "tls"'
+
+
+def _incoming_faults(config: Config) -> Iterator[str]:
+    taken = [listener.place for listener in config.outgoing.listeners] if config.outgoing.enabled else []
+    for number, listener in enumerate(config.incoming.listeners, 1):
+        key = f"incoming.listeners.{number}"
+        yield from _upstream_faults(f"{key}.upstream", listener.upstream)
+        if listener.place in taken:
+            yield f"{key}: has the address of another listener; each needs its own"
+        taken.append(listener.place)
+        if listener.tls != "none" and not (listener.certificate and listener.certificate_key):
+            yield f'{key}.certificate: tls = "{listener.tls}" needs certificate and certificate_key'
+        if listener.socket is None and not is_loopback(listener.host):
+            if not listener.networks or _holds_all(listener.networks):
+                yield f"{key}.networks: must name whose mail is taken, since others reach this address: your own mail servers"
+            if listener.tls == "none":
+                yield f'{key}.tls: "none" would show mail to the network; use "starttls" or "tls"'
+        example = listener.quarantine.replace("{local}", "a").replace("{domain}", "example.org")
+        if listener.quarantine != "refuse" and not _ADDRESS.fullmatch(example):
+            yield key + '.quarantine: must be "refuse" or an address: quarantine@example.org, {local}+quarantine@{domain}'
+        if listener.late_days * 2 > config.store.remember_days:
+            yield (f"{key}.late_days: must be at most half of store.remember_days ({config.store.remember_days}), "
+                   "or repeats could come in as fresh mail")
+
+
+def _holds_all(names: Sequence[str]) -> bool:
+    """Whether a network among them is the whole internet, or a good part of it."""
+    return any(ipaddress.ip_network(name).prefixlen < MIN_PREFIX for name in names if name != "unix")
 
 
 def _account_faults(account: AccountConfig, remember_days: int) -> Iterator[str]:

@@ -40,7 +40,7 @@ from malote.outgoing.submission import Submissions
 from malote.outgoing.users import Users, load_users
 from malote.smtp.budget import MemoryBudget
 from malote.smtp.conversation import ServerSettings
-from malote.smtp.listener import Listener, server_settings
+from malote.smtp.listener import Listener, needs_gate, server_settings
 from malote.smtp.open_connections import Connections
 from malote.smtp.relay import Credentials, Upstream
 from malote.smtp.sockets import Activated
@@ -182,9 +182,10 @@ class Service:
     async def _apply(self, config: Config) -> None:
         """Build what differs from what runs. Raises `ConfigError`; then nothing has changed."""
         check_accounts(config)
-        await self._apply_outgoing(config)
-        await self._accounts.apply(config)
-        self._connections.limit = config.limits.connections
+        async with self._oversight.applying(config):
+            await self._apply_outgoing(config)
+            await self._accounts.apply(config)
+        self._connections.renew(config.limits)
         self._budget.total_bytes = config.limits.memory_budget
         self.config = config
 
@@ -195,7 +196,7 @@ class Service:
         try:
             settings = {place: server_settings(listener, config.limits, self.host) for place, listener in wanted.items()}
             for place, listener in wanted.items():
-                if build is not None and self._must_open(place, listener):
+                if build is not None and self._must_open(place, settings[place]):
                     opened[place] = await self._open(listener, settings[place], build.desks[place])
         except BaseException:
             for fresh in opened.values():
@@ -207,7 +208,7 @@ class Service:
             self._listeners.pop(place).close()
         for place, running in self._listeners.items():
             if build is not None and place not in opened:
-                running.renew(wanted[place], settings[place], build.desks[place])
+                running.renew(settings[place], build.desks[place])
         self._listeners |= opened
         if self._outgoing is not None:
             self._retired.append(self._outgoing)
@@ -216,10 +217,10 @@ class Service:
             old.submissions.policy = policy
         self._outgoing = build
 
-    def _must_open(self, place: Place, listener: ListenerConfig) -> bool:
-        """TLS from the first byte is a property of the socket; all else can change while it listens."""
+    def _must_open(self, place: Place, settings: ServerSettings) -> bool:
+        """Whether something comes before SMTP is a property of who accepts; all else can change while it listens."""
         running = self._listeners.get(place)
-        if running is not None and running.settings.implicit_tls != (listener.tls == "tls"):
+        if running is not None and running.gated != needs_gate(settings):
             del self._listeners[place]
             running.close()
             return True

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 import pytest
 import uvloop
 
-ON_BOTH_LOOPS = ("test_server_faults", "test_server_data", "test_relay_upstream")
+ON_BOTH_LOOPS = ("test_server_faults", "test_server_data", "test_relay_upstream", "test_proxy_protocol")
 
 
 def pytest_asyncio_loop_factories(item: pytest.Item) -> Mapping[str, Callable[[], asyncio.AbstractEventLoop]]:

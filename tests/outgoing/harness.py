@@ -291,6 +291,7 @@ class Gateway:
         self.desk = Sender(listener=self.listener, config=outgoing, upstream=self.relay, submissions=self.submissions,
                            store=self.store, users=users)
         self.connections = Connections(self.limits.connections)
+        self.connections.renew(self.limits)
         self.budget = MemoryBudget(self.limits.memory_budget)
         self.socket = Listener(server_settings(self.listener, self.limits, "gateway.test.example"), self.desk, self.connections,
                                self.budget)

@@ -188,7 +188,7 @@ async def test_a_local_login_signs_for_its_addresses_only(tmp_path: Path) -> Non
     users = tmp_path / "users"
     users.write_text(f"anna:{hash_password('pw', **CHEAP)}:alice@test.example\n")
     users.chmod(0o600)
-    listener = ListenerConfig(host=HOST, auth="local", users_file=users)
+    listener = ListenerConfig(host=HOST, auth="local", users_file=users, senders="any")
     credentials = Credentials("gateway", "gateway-password")
     async with Upstream() as upstream, gateway(
             tmp_path / "gw", upstream, listener, credentials=credentials, username="gateway") as gw:
@@ -245,7 +245,7 @@ async def test_a_listed_local_user_signs_for_the_listed_addresses(tmp_path: Path
     users = tmp_path / "users"
     users.write_text("nobody::mallory@test.example\n")
     users.chmod(0o600)
-    listener = ListenerConfig(host=HOST, auth="peer", users_file=users)
+    listener = ListenerConfig(host=HOST, auth="peer", users_file=users, senders="any")
     uid = pwd.getpwnam("nobody").pw_uid
     async with Upstream() as upstream, gateway(tmp_path / "gw", upstream, listener) as gw:
         session = ClientSession("s1", "unix", uid, True)

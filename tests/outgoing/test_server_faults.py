@@ -407,7 +407,7 @@ class TestFault8StartTls:
         config = ListenerConfig(host="192.0.2.1", port=25, tls="starttls", certificate=lab.certificate, certificate_key=lab.key)
         settings = server_settings(config, LimitsConfig(), "mx.test.example")
         assert settings.require_tls
-        monkeypatch.setattr(conversation, "_is_loopback", lambda host: loopback)
+        monkeypatch.setattr(conversation, "is_loopback", lambda host: loopback)
         desk = RecordingDesk()
         async with serving(desk, tls_context=settings.tls_context, require_tls=settings.require_tls) as server, \
                 connected(server) as client:

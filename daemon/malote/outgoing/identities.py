@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from malote.core.address import canonical_address, domain_of
 from malote.core.identity import Identity
-from malote.errors import FormatError, SenderRefused
+from malote.errors import FormatError, Reply, SenderRefused
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +23,7 @@ class Submitter:
     login: str = ""
     addresses: frozenset[str] = frozenset()
     anyone: bool = False        # may have any identity sign
+    bound: bool = False         # sends from its own addresses only, sealed or not
 
     def owns(self, address: str) -> bool:
         return self.anyone or address in self.addresses or f"@{domain_of(address)}" in self.addresses
@@ -40,6 +41,13 @@ def decide_signer(identities: Mapping[str, Identity], submitter: Submitter, from
     if identity is not None and not submitter.owns(from_address):
         raise SenderRefused
     return identity
+
+
+def check_own(submitter: Submitter, address: str) -> None:
+    """For a login that is bound: of MAIL FROM and of From. The null sender is anybody's. Raises `SenderRefused`."""
+    if submitter.bound and address and not submitter.owns(address):
+        who = f"login {submitter.login}" if submitter.login.isprintable() else "login"
+        raise SenderRefused(reply=Reply(550, "5.7.1", f"Your {who} may not send from {address}, nothing was sent"))
 
 
 def login_addresses(login: str) -> frozenset[str]:

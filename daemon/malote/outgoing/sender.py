@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import pwd
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import cast
 
@@ -14,15 +14,15 @@ import structlog
 from malote.config import ListenerConfig, OutgoingConfig
 from malote.core.address import canonical_address
 from malote.errors import FormatError, MaloteError, Reply, UpstreamError
-from malote.outgoing.identities import Submitter, login_addresses
+from malote.outgoing.identities import Submitter, check_own, login_addresses
 from malote.outgoing.passthrough import MECHANISMS, Listener, login_of
 from malote.outgoing.sizes import largest_original
 from malote.outgoing.submission import Submissions
 from malote.outgoing.transaction import Transaction
-from malote.outgoing.users import Users
+from malote.outgoing.users import User, Users
 from malote.smtp.desk import AuthOutcome, ClientSession, Offer, Params
 from malote.smtp.lanes import Lane, OwnLane, PooledLane
-from malote.smtp.relay import Upstream
+from malote.smtp.relay import Upstream, UpstreamConnection
 from malote.smtp.sizes import announced_limit
 from malote.store.records import SendPlan
 from malote.store.store import Store
@@ -32,6 +32,8 @@ log = structlog.get_logger("malote.outgoing")
 _MAIL_OK = Reply(250, "2.1.0", "Sender ok")
 _BAD_RECIPIENT = Reply(553, "5.1.3", "This is no mail address")
 _LOGIN_NEEDED = Reply(530, "5.7.0", "Log in first")
+_CERTIFICATE_NEEDED = Reply(530, "5.7.0", "A TLS client certificate is needed here")
+_NOT_LISTED = Reply(550, "5.7.1", "Your TLS client certificate is not among those that may send here")
 _NOT_KNOWN = Reply(550, "5.7.1", "This user of the machine may not send here")
 _NO_LOGIN_HERE = Reply(550, "5.7.1", "Mail is sent on with a configured login, so this listener must ask for one too")
 _WELCOME = Reply(235, "2.7.0", "Logged in")
@@ -41,6 +43,8 @@ _NO_TRANSACTION = Reply(503, "5.5.1", "Send MAIL first")
 
 MAX_ANSWERED = 1000     # messages of one connection that wait for the proof that their replies were read
 USER_SECONDS = 10       # how long the name of a user of this machine is remembered
+
+_EXTERNAL = "EXTERNAL"  # RFC 4422 appendix A: by the certificate; some mail programs ask for it though they have shown theirs
 
 _CARRIED = frozenset({"8BITMIME", "SMTPUTF8", "DSN", "REQUIRETLS"})     # extensions that are offered if the upstream has them
 
@@ -69,6 +73,10 @@ class Sender:
         self._own_login = bool(config.upstream.username)
         self._pooled = PooledLane(upstream, config.upstream.upstream_connections)
 
+        # where nobody after us sees the login, nobody else can hold it to its addresses
+        self._binds = listener.senders == "own" or (listener.senders == "auto" and listener.auth not in ("pass-through", "none"))
+        self._asks_upstream = listener.auth == "upstream" or self._passes_through
+
     @property
     def _passes_through(self) -> bool:
         return self._listener.auth == "pass-through" and not self._own_login
@@ -78,35 +86,72 @@ class Sender:
     async def offer(self, session: ClientSession) -> Offer:
         """What the upstream server can carry. Raises `UpstreamError` when that cannot be found out."""
         state = await self._state(session)
+        if not session.login:       # TLS may have begun since, and shown a certificate
+            state.submitter = self._first_submitter(session)
         extensions = state.lane.extensions if isinstance(state.lane, OwnLane) else await self._pooled.ask()
         largest = largest_original(announced_limit(extensions))
-        return Offer(_CARRIED & extensions.keys(), largest, self._mechanisms(state.lane))
+        return Offer(_CARRIED & extensions.keys(), largest, self._mechanisms(session, state.lane))
 
-    def _mechanisms(self, lane: Lane) -> tuple[str, ...]:
-        if isinstance(lane, OwnLane):
-            offered = lane.connection.auth_mechanisms()
-            return tuple(name for name in MECHANISMS if name in offered)
-        return ("PLAIN", "LOGIN") if self._listener.auth == "local" else ()
+    def _mechanisms(self, session: ClientSession, lane: Lane) -> tuple[str, ...]:
+        match self._listener.auth:
+            case "pass-through" | "upstream":
+                offered = lane.extensions.get("AUTH", "").upper().split() if self._asks_upstream else ()
+                return tuple(name for name in MECHANISMS if name in offered)
+            case "local":
+                return ("PLAIN", "LOGIN", *self._external(session))
+            case "certificate":
+                return self._external(session)
+            case _:
+                return ()
+
+    def _external(self, session: ClientSession) -> tuple[str, ...]:
+        return (_EXTERNAL,) if self._certified(session) is not None else ()
+
+    def _certified(self, session: ClientSession) -> User | None:
+        """The user of the first name in the client's certificate that the users file lists."""
+        return next((user for name in session.certificate if (user := self._users.get(name)) is not None), None)
 
     async def authenticate(self, session: ClientSession, mechanism: str, initial: bytes | None) -> AuthOutcome:
         state = await self._state(session)
-        if mechanism not in self._mechanisms(state.lane):
+        if mechanism not in self._mechanisms(session, state.lane):
             return AuthOutcome(_NO_MECHANISM)
+        if mechanism == _EXTERNAL:
+            return await self._check_certificate(session, state, initial)
         if isinstance(state.lane, OwnLane):
-            return await self._ask_upstream(session, state, state.lane, mechanism, initial)
+            return await self._ask_upstream(session, state, state.lane.connection, mechanism, initial)
+        if self._listener.auth == "upstream":
+            connection = await self._upstream.connect()     # of its own: the pooled ones are logged in already, or must not be
+            try:
+                return await self._ask_upstream(session, state, connection, mechanism, initial)
+            finally:
+                await connection.quit()
         return await self._check_local(session, state, mechanism, initial)
 
-    async def _ask_upstream(self, session: ClientSession, state: SessionState, lane: OwnLane, mechanism: str,
+    async def _check_certificate(self, session: ClientSession, state: SessionState, initial: bytes | None) -> AuthOutcome:
+        user = self._certified(session)
+        wanted = initial if initial is not None else await session.challenge(b"")
+        if user is None or wanted not in (b"", user.login.encode()):    # RFC 4422 A.1: for nobody but itself
+            return AuthOutcome(_WRONG)
+        state.submitter = self._submitter(user.login, user.addresses)
+        return AuthOutcome(_WELCOME, user.login)
+
+    async def _ask_upstream(self, session: ClientSession, state: SessionState, connection: UpstreamConnection, mechanism: str,
                             initial: bytes | None) -> AuthOutcome:
         """The client's own login, on a connection that is the client's alone. The answer is the upstream server's."""
         listener = Listener(mechanism, initial, session.challenge)
-        reply = await lane.connection.authenticate(mechanism, initial, listener.answer)
+        reply = await connection.authenticate(mechanism, initial, listener.answer)
         if reply.code != 235:
             return AuthOutcome(reply)
-        login = listener.login
+        state.submitter = self._of_login(listener.login)
+        return AuthOutcome(reply, listener.login or "(unnamed)")
+
+    def _of_login(self, login: str) -> Submitter:
+        """Somebody else has checked the password: the users file, if there is one, knows the addresses."""
         user = self._users.get(login)
-        state.submitter = Submitter(login, user.addresses if user is not None else login_addresses(login))
-        return AuthOutcome(reply, login or "(unnamed)")
+        return self._submitter(login, user.addresses if user is not None else login_addresses(login))
+
+    def _submitter(self, login: str, addresses: frozenset[str]) -> Submitter:
+        return Submitter(login, addresses, bound=self._binds)
 
     async def _check_local(self, session: ClientSession, state: SessionState, mechanism: str,
                            initial: bytes | None) -> AuthOutcome:
@@ -114,7 +159,7 @@ class Sender:
         user = await self._users.check_password(login, password)
         if user is None:
             return AuthOutcome(_WRONG)
-        state.submitter = Submitter(login, user.addresses)
+        state.submitter = self._submitter(login, user.addresses)
         return AuthOutcome(_WELCOME, login)
 
     async def _state(self, session: ClientSession) -> SessionState:
@@ -125,20 +170,30 @@ class Sender:
 
     def _first_submitter(self, session: ClientSession) -> Submitter:
         """Who the client is before it has logged in."""
+        submitter = self._without_auth(session)
+        session.known = submitter.login
+        return submitter
+
+    def _without_auth(self, session: ClientSession) -> Submitter:
+        if session.vouched:
+            return replace(self._of_login(session.vouched), bound=self._listener.senders != "any")
+        user = self._certified(session)
+        if user is not None:
+            return self._submitter(user.login, user.addresses)
         match self._listener.auth:
             case "none":
-                return Submitter(anyone=not self._own_login)
+                return Submitter(anyone=not self._own_login and not self._binds, bound=self._binds)
             case "peer" if session.peer_uid is not None:
                 return self._local_user(session.peer_uid)
             case _:
-                return Submitter()
+                return Submitter(bound=self._binds)
 
     def _local_user(self, uid: int) -> Submitter:
         """The user at the other end of a UNIX socket. Whoever runs this program may use all that is in its store anyway."""
         name = _user_name(uid, int(time.monotonic() / USER_SECONDS))
         user = self._users.get(name) or self._users.get(str(uid))
         if user is not None:
-            return Submitter(name, user.addresses)
+            return self._submitter(name, user.addresses)
         return Submitter(name, anyone=True) if uid == os.geteuid() else Submitter()
 
     def _check_may_send(self, session: ClientSession, state: SessionState) -> None:
@@ -147,10 +202,16 @@ class Sender:
         With pass-through the upstream server decides who may send, but it sees this machine, which it may trust by its address:
         without a login only programs on this machine pass, as they could connect there themselves.
         """
+        if state.submitter.login:
+            return
         match self._listener.auth:
-            case "local" if not state.submitter.login:
+            case "local":
                 raise MaloteError("no login", reply=_LOGIN_NEEDED)
-            case "peer" if not state.submitter.login:
+            case "upstream" if not session.login:
+                raise MaloteError("no login", reply=_LOGIN_NEEDED)
+            case "certificate":
+                raise MaloteError("no certificate", reply=_NOT_LISTED if session.certificate else _CERTIFICATE_NEEDED)
+            case "peer":
                 raise MaloteError("a user that is not listed", reply=_NOT_KNOWN)
             case "pass-through" if not session.login and not session.loopback:
                 raise MaloteError("no login, from the network", reply=_LOGIN_NEEDED)
@@ -162,10 +223,20 @@ class Sender:
     async def mail(self, session: ClientSession, address: str, params: Params) -> Reply:
         state = await self._state(session)
         self._check_may_send(session, state)
+        if state.submitter.bound:
+            self._check_own(state.submitter, address)
         if state.tx is not None:
             await state.tx.end()
         state.tx = Transaction(address, params, state.lane, fold=self._config.fold)
         return _MAIL_OK
+
+    def _check_own(self, submitter: Submitter, address: str) -> None:
+        """Raises `SenderRefused`."""
+        try:
+            canonical = canonical_address(address) if address else ""
+        except FormatError:
+            canonical = address     # not one that a login could own
+        check_own(submitter, canonical)
 
     async def rcpt(self, session: ClientSession, address: str, params: Params) -> Reply:
         tx = cast(SessionState, session.state).tx

@@ -55,7 +55,7 @@ from malote.outgoing.delivery import INLINE_BYTES, LOCAL, TOO_LATE, Delivery
 from malote.outgoing.directory import CardFinder
 from malote.outgoing.envelope import mail_params
 from malote.outgoing.groups import Group, Kind, Member, group_members
-from malote.outgoing.identities import Submitter, decide_signer
+from malote.outgoing.identities import Submitter, check_own, decide_signer
 from malote.outgoing.inflight import InFlight, Turn
 from malote.outgoing.notice import Refused, make_notice
 from malote.outgoing.transaction import Recipient, Transaction
@@ -162,7 +162,7 @@ class Submissions:
         code = error.reply.code
         log.info("recipient refused", session=session.id, reply=code, reason=_why(error))
         self._store.log_outcome(OutcomeEntry(
-            at_ms=self.clock_ms(), direction="out", outcome="refused", account=session.login, sender=sender, recipients=1,
+            at_ms=self.clock_ms(), direction="out", outcome="refused", account=session.user, sender=sender, recipients=1,
             detail=f"{code} {_why(error)}".rstrip()))
 
     async def _send(self, session: ClientSession, tx: Transaction, submitter: Submitter, content: bytearray,
@@ -171,6 +171,7 @@ class Submissions:
         policy = self.policy
         prepared = await self._work(len(content), prepare, content, *policy.tags)   # 512 KB of header take a third of a second
         line.from_address = prepared.from_address
+        check_own(submitter, prepared.from_address)
         recipients = {recipient.address: recipient for recipient in tx.recipients}
         ids = threading_ids(prepared.kept)
         known = await self._store.outer_ids(ids) if ids else {}
@@ -369,11 +370,11 @@ class Submissions:
         log.info(
             "message", id=line.id, direction="out", outcome=line.outcome, reply=code, session=session.id, bytes=line.size,
             sealed=line.sealed, plain=line.plain, copies=line.copies, ms=took_ms, **states,
-            login=session.login, sender=tx.sender, recipients=[recipient.address for recipient in tx.recipients],
+            login=session.user, sender=tx.sender, recipients=[recipient.address for recipient in tx.recipients],
             **({"reason": line.why} if line.why else {}),
         )
         self._store.log_outcome(OutcomeEntry(
-            at_ms=self.clock_ms(), direction="out", outcome=line.outcome, account=session.login, message_id=line.id,
+            at_ms=self.clock_ms(), direction="out", outcome=line.outcome, account=session.user, message_id=line.id,
             sender=line.from_address, recipients=len(tx.recipients), detail=f"{code} {line.why}".rstrip(), took_ms=took_ms))
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import itertools
 import ssl
 import traceback
@@ -16,19 +15,23 @@ import structlog
 from malote.errors import MaloteError, Reply
 from malote.smtp.auth import AuthFault
 from malote.smtp.budget import MemoryBudget
+from malote.smtp.certificates import certificate_names
 from malote.smtp.desk import ClientSession, Desk, Offer
+from malote.smtp.networks import NONE, UNIX, UNKNOWN, Networks, client_key, is_loopback
 from malote.smtp.open_connections import Connections
 from malote.smtp.path import PathRefused
+from malote.smtp.proxy_header import Origin
 from malote.smtp.wire import ClientGone, ClientWire, LineFault, Phase, peer_uid
 
 log = structlog.get_logger("malote.smtp.server")
 T = TypeVar("T")
 
 MAX_FAULTS = 20             # protocol errors of one connection; after them 421
+FAIR_COMMANDS = 20          # of one connection that may be worked off in a row
 MAX_IDLE_COMMANDS = 1000    # commands between two messages; NOOP once per 299 s would hold a connection for ever
 TLS_HANDSHAKE_SECONDS = 30
 CLOSING = Reply(421, "4.3.2", "Service is stopping, try again later")
-FULL = Reply(421, "4.3.2", "Too many connections, try again later")
+GIVE_WAY = Reply(421, "4.3.2", "Nothing was sent for a while and others wait, connect again")
 OVERDUE = Reply(451, "4.4.2", "Took too long, nothing more was sent, try again later")
 INTERNAL = MaloteError.default_reply
 
@@ -49,6 +52,9 @@ class ServerSettings:
     tls_context: ssl.SSLContext | None = None
     implicit_tls: bool = False      # TLS from the first byte (RFC 8314)
     require_tls: bool = False       # for peers that are not this machine
+    networks: Networks = NONE       # who may connect; empty: all
+    proxies: Networks = NONE        # who begins with a PROXY header (gate.py)
+    xclient: Networks = NONE        # who may say for whom it speaks (XCLIENT, XFORWARD)
 
 
 class Conversation(ClientWire):
@@ -56,12 +62,14 @@ class Conversation(ClientWire):
 
     commands: ClassVar[dict[str, Callable[[Any, str], Awaitable[None]]]] = {}
 
-    def __init__(self, settings: ServerSettings, desk: Desk, connections: Connections, budget: MemoryBudget) -> None:
+    def __init__(self, settings: ServerSettings, desk: Desk, connections: Connections, budget: MemoryBudget,
+                 origin: Origin | None = None) -> None:
         ClientWire.__init__(self, asyncio.get_running_loop())
         self._settings = settings
         self._desk = desk
         self._connections = connections
         self._budget = budget
+        self._origin = origin
         self.task: asyncio.Task[None] | None = None
         self.client: ClientSession = ClientSession(id="", peer="")
         self._offer = Offer()
@@ -78,25 +86,54 @@ class Conversation(ClientWire):
         self._overdue = False
         self._stopping = False
         self._ending = False            # the conversation is over; the desk is tidying up
+        self._may_speak_for_others = False      # told by the peer, whoever it speaks for
+        self._peer_is_here = False
+        self._entered_tls = False       # at the proxy in front of us, which is on this machine
 
     # life of a connection
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         stream = cast(asyncio.Transport, transport)
         self.wire_made(stream)
-        peer = stream.get_extra_info("peername")
-        sock = stream.get_extra_info("socket")
-        number = next(_numbers)
-        if isinstance(peer, tuple):
-            self.client = ClientSession(f"c{number}", peer[0], None, _is_loopback(peer[0]))
-        else:
-            self.client = ClientSession(f"c{number}", "unix", peer_uid(sock), True)
-        if not self._connections.add(self):
-            self.hang_up(FULL)
+        self.client = self._session_of(stream)
+        self._peer_is_here = self.client.loopback
+        self._may_speak_for_others = self.client.peer in self._settings.xclient
+        refusal = self._admit()
+        if refusal is not None:
+            self.hang_up(refusal)
             return
         if stream.get_extra_info("ssl_object") is not None:
             self._now_over_tls(stream)
         self.task = self.loop.create_task(self._handle_client())
+
+    def _session_of(self, stream: asyncio.Transport) -> ClientSession:
+        peer, number, origin = stream.get_extra_info("peername"), next(_numbers), self._origin
+        if isinstance(peer, tuple):
+            session = ClientSession(f"c{number}", peer[0], None, is_loopback(peer[0]))
+        else:
+            session = ClientSession(f"c{number}", UNIX, peer_uid(stream.get_extra_info("socket")), True)
+        if origin is not None:
+            # an address of the proxy's machine is one of this machine only if the proxy is here; the proxy itself is no client
+            self._entered_tls = origin.tls and session.loopback
+            session.loopback = session.loopback and is_loopback(origin.address)
+            session.peer_uid = None
+            if not origin.local:
+                session.peer = origin.address or UNKNOWN
+        return session
+
+    def _admit(self) -> Reply | None:
+        """The refusal, if this client may not connect, or not now. Proxies and peers that speak for others have no limits of
+        their own: those whom they speak for do."""
+        peer, networks = self.client.peer, self._settings.networks
+        trusted = (self._origin is not None and self._origin.local) or peer in self._settings.xclient
+        if networks and peer not in networks and peer != UNIX and not trusted:
+            return self._refused(Reply(554, "5.7.1", f"Mail from {peer} is not taken here, it is in no network of this server"))
+        refusal = self._connections.admit(self, "" if trusted else client_key(peer))
+        return refusal if refusal is None else self._refused(refusal)
+
+    def _refused(self, reply: Reply) -> Reply:
+        log.info("client refused", session=self.client.id, reply=reply.code, reason=reply.enhanced, address=self.client.peer)
+        return reply
 
     def connection_lost(self, error: Exception | None) -> None:
         """Before our first final dot upstream a vanished client ends the work, after it the work goes on."""
@@ -114,6 +151,19 @@ class Conversation(ClientWire):
         self._stopping = True
         if self._phase is Phase.COMMAND:
             self.hang_up(CLOSING)
+
+    @property
+    def idle_since(self) -> float | None:
+        if self._phase is Phase.COMMAND and self._waiter is not None and not self._open and not self._eof:
+            return self._waiting_since
+        return None
+
+    @property
+    def logged_in(self) -> bool:
+        return bool(self.client.user)
+
+    def give_way(self) -> None:
+        self.hang_up(GIVE_WAY)
 
     def cut_off(self) -> None:
         if self.transport is not None:
@@ -133,9 +183,11 @@ class Conversation(ClientWire):
 
     async def _handle_client(self) -> None:
         try:
-            self.say(Reply(220, "", f"{self._settings.hostname} ESMTP malote"))
-            while True:
+            self.say(self._greeting)
+            for number in itertools.count(1):
                 await self._one_command()
+                if not number % FAIR_COMMANDS:      # all of them may be in the buffer: others have their turn
+                    await asyncio.sleep(0)
         except ClientGone:
             pass
         finally:
@@ -234,9 +286,8 @@ class Conversation(ClientWire):
         self.say(reply)
 
     def _tls_missing(self, name: str) -> bool:
-        client = self.client
         return (
-            self._settings.require_tls and not client.tls and not client.loopback
+            self._settings.require_tls and not self._private
             and name not in ("EHLO", "HELO", "STARTTLS", "NOOP", "QUIT", "RSET")
         )
 
@@ -252,6 +303,7 @@ class Conversation(ClientWire):
         self._bdat = None
         self._in_data = False
         self.client.smtputf8 = False
+        self.client.forwarded = ""
         self._release()
         if was_open:
             try:
@@ -287,12 +339,18 @@ class Conversation(ClientWire):
         self.transport = transport
         self._over_tls = True
         self.client.tls = True
-        self.client.tls_version = transport.get_extra_info("ssl_object").version() or ""
+        ssl_object = transport.get_extra_info("ssl_object")
+        self.client.tls_version = ssl_object.version() or ""
+        self.client.certificate = certificate_names(ssl_object.getpeercert())
+
+    @property
+    def _greeting(self) -> Reply:
+        return Reply(220, "", f"{self._settings.hostname} ESMTP malote")
 
     @property
     def _private(self) -> bool:
         """Whether a password may be sent on this connection."""
-        return self.client.tls or self.client.loopback
+        return self.client.tls or self.client.loopback or self._entered_tls
 
     @property
     def _extensions(self) -> frozenset[str]:
@@ -306,8 +364,3 @@ class Conversation(ClientWire):
         most = self._settings.max_message_bytes
         return min(most, self._offer.size) if self._offer.size else most
 
-
-def _is_loopback(host: str) -> bool:
-    address = ipaddress.ip_address(host.partition("%")[0])
-    mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
-    return (mapped or address).is_loopback

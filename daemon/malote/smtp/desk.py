@@ -48,7 +48,7 @@ class ClientSession:
     """One connected client, as the desk sees it."""
 
     id: str                         # for the log: unique in this process
-    peer: str                       # IP address, or "unix"
+    peer: str                       # IP address of the client, through proxies that are trusted; "unix", or "unknown"
     peer_uid: int | None = None     # of the process at the other end of a UNIX socket (SO_PEERCRED)
     loopback: bool = False          # the peer is this machine: 127.0.0.0/8, ::1 or a UNIX socket
     tls: bool = False
@@ -56,6 +56,10 @@ class ClientSession:
     helo: str = ""
     esmtp: bool = False
     login: str = ""                 # set by the server from AuthOutcome
+    vouched: str = ""               # the login that a trusted peer has let in (XCLIENT)
+    certificate: tuple[str, ...] = ()   # the names in the client's certificate, which a `client_ca` of ours has signed
+    known: str = ""                 # set by the desk: who it is without AUTH, by one of these or by its uid
+    forwarded: str = ""             # the client of the next transaction, as a trusted peer says (XFORWARD); for counting only
     smtputf8: bool = False          # of the current transaction
     state: Any = None               # the desk's own
     _challenge: Callable[[bytes], Awaitable[bytes | None]] | None = field(default=None, repr=False)
@@ -74,6 +78,11 @@ class ClientSession:
         """Called by the desk in `data`, right before the first final dot goes out: from here the work is finished even if the
         client vanishes. Before it, a vanished client cancels `data` (the client will try again; nothing was sent)."""
         self._kept = True
+
+    @property
+    def user(self) -> str:
+        """Whose login it is, however it is known; "" for nobody."""
+        return self.login or self.known
 
     @property
     def protocol(self) -> str:

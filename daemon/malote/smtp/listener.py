@@ -6,17 +6,19 @@ import asyncio
 import socket
 import ssl
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from malote.config import LimitsConfig, ListenerConfig
 from malote.errors import ConfigError
 from malote.smtp.budget import MemoryBudget
-from malote.smtp.conversation import TLS_HANDSHAKE_SECONDS, ServerSettings
+from malote.smtp.conversation import ServerSettings
 from malote.smtp.desk import Desk
+from malote.smtp.gate import Gate
+from malote.smtp.networks import Networks
 from malote.smtp.open_connections import Connections
 from malote.smtp.server import SubmissionServer
-from malote.smtp.sockets import BACKLOG, Acceptor, cannot_listen, unix_socket
+from malote.smtp.sockets import BACKLOG, Acceptor, bind, cannot_listen, unix_socket
 
 
 @dataclass(slots=True)
@@ -27,7 +29,7 @@ class Listener:
     desk: Desk
     connections: Connections
     budget: MemoryBudget
-    _server: asyncio.Server | Acceptor | None = None
+    _server: asyncio.Server | Acceptor | Gate | None = None
     _path: Path | None = None
 
     async def open(self, config: ListenerConfig, sockets: Sequence[socket.socket] = ()) -> None:
@@ -36,21 +38,23 @@ class Listener:
         `sockets` listen on it already, and other processes may accept from them too; they are closed with the listener.
         """
         loop = asyncio.get_running_loop()
-        implicit = self.settings.tls_context if self.settings.implicit_tls else None
-        handshake = TLS_HANDSHAKE_SECONDS if implicit else None     # handshakes are not among the counted connections
-        factory: Callable[[], SubmissionServer] = lambda: SubmissionServer(  # noqa: E731
-            self.settings, self.desk, self.connections, self.budget)
+        factory: Callable[..., SubmissionServer] = lambda origin=None: SubmissionServer(  # noqa: E731
+            self.settings, self.desk, self.connections, self.budget, origin)
+        if needs_gate(self.settings):
+            self._path = None if sockets else config.socket
+            self._server = Gate(
+                sockets or bind(config), factory, self.connections, proxies=lambda: self.settings.proxies,
+                tls_context=lambda: self.settings.tls_context if self.settings.implicit_tls else None)
+            return
         if sockets:
-            self._server = Acceptor(sockets, factory, ssl_context=implicit, handshake_seconds=handshake)
+            self._server = Acceptor(sockets, factory, ssl_context=None, handshake_seconds=None)
             return
         try:
             if config.socket is not None:
-                self._server = await loop.create_unix_server(
-                    factory, sock=unix_socket(config.socket), backlog=BACKLOG, ssl=implicit, ssl_handshake_timeout=handshake)
+                self._server = await loop.create_unix_server(factory, sock=unix_socket(config), backlog=BACKLOG)
                 self._path = config.socket
             else:
-                self._server = await loop.create_server(
-                    factory, config.host, config.port, backlog=BACKLOG, ssl=implicit, ssl_handshake_timeout=handshake)
+                self._server = await loop.create_server(factory, config.host, config.port, backlog=BACKLOG)
         except OSError as error:
             raise cannot_listen(config, error) from error
 
@@ -60,15 +64,13 @@ class Listener:
         names = [sock.getsockname() for sock in self._server.sockets] if self._server is not None else []
         return [(name[0], name[1]) for name in names if isinstance(name, tuple)]
 
-    def renew(self, config: ListenerConfig, settings: ServerSettings, desk: Desk) -> None:
-        """For connections from now on. With TLS from the first byte the socket keeps its context: it gets the new certificate.
+    @property
+    def gated(self) -> bool:
+        """See `needs_gate`."""
+        return isinstance(self._server, Gate)
 
-        Raises `ConfigError`.
-        """
-        context = self.settings.tls_context
-        if self.settings.implicit_tls and context is not None:
-            load_certificate(context, config)
-            settings = replace(settings, tls_context=context)
+    def renew(self, settings: ServerSettings, desk: Desk) -> None:
+        """For connections from now on."""
         self.settings, self.desk = settings, desk
 
     def close(self) -> None:
@@ -81,6 +83,11 @@ class Listener:
             self._path = None
 
 
+def needs_gate(settings: ServerSettings) -> bool:
+    """Whether something comes before SMTP: then connections are let in by a `Gate`, and all about TLS can change at any time."""
+    return settings.implicit_tls or bool(settings.proxies)
+
+
 def server_tls_context(config: ListenerConfig) -> ssl.SSLContext | None:
     """From `certificate` and `certificate_key`; None with tls = "none". Raises `ConfigError`."""
     if config.tls == "none":
@@ -88,6 +95,13 @@ def server_tls_context(config: ListenerConfig) -> ssl.SSLContext | None:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     load_certificate(context, config)
+    if config.client_ca is not None:
+        try:
+            context.load_verify_locations(cafile=config.client_ca)
+        except (OSError, ssl.SSLError) as error:
+            raise ConfigError("outgoing.listeners.client_ca cannot be read as certificates in PEM form") from error
+        # optional: who has none is told so in words, at MAIL; a wrong one ends the handshake
+        context.verify_mode = ssl.CERT_OPTIONAL
     return context
 
 
@@ -108,4 +122,5 @@ def server_settings(config: ListenerConfig, limits: LimitsConfig, hostname: str)
         command_seconds=limits.command_seconds, data_block_seconds=limits.data_block_seconds,
         handler_seconds=limits.reply_within_seconds + 60, normalise=limits.bare_line_ends == "normalise",
         tls_context=server_tls_context(config), implicit_tls=config.tls == "tls", require_tls=config.tls == "starttls",
+        networks=Networks(config.networks), proxies=Networks(config.proxies), xclient=Networks(config.xclient),
     )

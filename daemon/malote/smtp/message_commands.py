@@ -10,13 +10,19 @@ from aiosmtpd.smtp import syntax
 from malote.errors import MaloteError, Reply, TooBusy
 from malote.smtp.conversation import INTERNAL, Conversation
 from malote.smtp.data import END, clean_lines, find_end, unstuff
+from malote.smtp.networks import client_key
 from malote.smtp.path import PathRefused, check_mail_parameters, check_rcpt_parameters, parse_path
+from malote.smtp.rates import Rate
 from malote.smtp.wire import MIN_DATA_RATE, TIMED_OUT, ClientGone, Phase
 
 MAX_PIPELINED_RCPTS = 100   # given to the desk at once
 SLOW_START_BLOCKS = 4       # that many whole block timeouts are forgiven before the least rate counts
 BUSY = TooBusy().reply
 TOO_BIG = Reply(552, "5.3.4", "Message is too large")
+TOO_OFTEN = Reply(450, "4.7.1", "Too many messages from your address within a minute, try again later")
+TOO_OFTEN_LOGIN = Reply(450, "4.7.1", "Too many messages of this login within a minute, try again later")
+TOO_MANY = Reply(450, "4.7.1", "Too many recipients from your address within a minute, try again later")
+TOO_MANY_LOGIN = Reply(450, "4.7.1", "Too many recipients of this login within a minute, try again later")
 NO_RCPT = Reply(503, "5.5.1", "Send RCPT first")
 NO_MAIL = Reply(503, "5.5.1", "Send MAIL first")
 NO_HELO = Reply(503, "5.5.1", "Send EHLO first")
@@ -38,15 +44,31 @@ class MessageCommands(Conversation):
             return self._fault(Reply(501, "5.5.4", "Parameters need EHLO"))
         size = check_mail_parameters(address, parameters, self._extensions)
         if size > self._size_limit:
-            return self._fault(TOO_BIG)
+            return self._fault(self._too_big)
         self._budget.check_room(size)
         self.client.smtputf8 = "SMTPUTF8" in parameters
         self._open = True
         reply = await self._ask(self._desk.mail(self.client, address, parameters))
+        if reply.code // 100 == 2:      # by now the desk has said who it is
+            rates = self._connections.rates
+            reply = self._too_often(rates.client_messages, rates.login_messages, TOO_OFTEN, TOO_OFTEN_LOGIN) or reply
         if reply.code // 100 != 2:
             await self._reset()
         self.say(reply)
         return None
+
+    def _too_often(self, by_client: Rate, by_login: Rate, client_reply: Reply, login_reply: Reply) -> Reply | None:
+        """Count one for the client and one for its login; the refusal if there were too many in the last minute."""
+        if not by_client.per_minute and not by_login.per_minute:
+            return None
+        client, now = self.client, self.loop.time()
+        if not by_client.take(client_key(client.forwarded or client.peer), now):
+            return client_reply
+        return None if by_login.take(client.user, now) else login_reply
+
+    @property
+    def _too_big(self) -> Reply:
+        return Reply(TOO_BIG.code, TOO_BIG.enhanced, f"{TOO_BIG.text}, at most {self._size_limit} bytes")
 
     @syntax("RCPT TO:<address>", extended=" [SP parameters]")
     async def smtp_RCPT(self, argument: str) -> None:  # noqa: N802
@@ -83,7 +105,11 @@ class MessageCommands(Conversation):
         except PathRefused as refusal:
             return refusal.reply
         if self._accepted >= self._settings.max_recipients:
-            return Reply(452, "4.5.3", "Too many recipients")       # RFC 5321 4.5.3.1.10: the client sends the rest later
+            most = self._settings.max_recipients
+            return Reply(452, "4.5.3", f"Too many recipients, at most {most} in one message; send the others after this one")
+        rates = self._connections.rates
+        if (too_many := self._too_often(rates.client_recipients, rates.login_recipients, TOO_MANY, TOO_MANY_LOGIN)) is not None:
+            return too_many
         self._accepted += 1     # before the desk answers: others run beside this one
         reply = INTERNAL
         try:
@@ -150,7 +176,7 @@ class MessageCommands(Conversation):
                     return refusal
                 del out[end + 2:]
                 content = unstuff(out)
-                return content if len(content) <= self._size_limit else TOO_BIG
+                return content if len(content) <= self._size_limit else self._too_big
             if refusal is not None:     # drain without keeping; the last bytes may be the beginning of the end
                 dropped += max(0, len(out) - (len(END) - 1))
                 del out[:-(len(END) - 1)]
@@ -169,7 +195,7 @@ class MessageCommands(Conversation):
     def _charge(self, size: int, limit: int) -> Reply | None:
         """Charge the budget as the message grows to `size` bytes. A refusal gives everything back."""
         if size > limit:
-            refusal = TOO_BIG
+            refusal = self._too_big
         elif size > self._charged and not self._budget.charge(size - self._charged):
             refusal = BUSY
         else:

@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from typing import Protocol
 
+from malote.config import LimitsConfig
+from malote.errors import Reply
 from malote.smtp.desk import Desk
+from malote.smtp.rates import Rates
+
+IDLE_SECONDS = 10.0     # who has waited that long between two messages makes room when all places are taken
+FULL = Reply(421, "4.3.2", "Too many connections, try again later")
 
 
 class OpenConnection(Protocol):
@@ -17,8 +24,20 @@ class OpenConnection(Protocol):
     @property
     def task(self) -> asyncio.Task[None] | None: ...
 
+    @property
+    def idle_since(self) -> float | None:
+        """Loop time since when it has been waiting for a command outside of a transaction; None: it is busy."""
+        ...
+
+    @property
+    def logged_in(self) -> bool: ...
+
     def stop(self) -> None:
         """End when the message in hand is done."""
+        ...
+
+    def give_way(self) -> None:
+        """End now, since nothing is under way and others wait."""
         ...
 
     def cut_off(self) -> None:
@@ -27,21 +46,48 @@ class OpenConnection(Protocol):
 
 
 class Connections:
-    """Every open client connection. One object for all listeners, kept over a reload."""
+    """Every open client connection. One object for all listeners, kept over a reload. `rates`: what clients did lately."""
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
-        self._open: set[OpenConnection] = set()
+        self.per_client = 0
+        self.rates = Rates()
+        self._open: dict[OpenConnection, str] = {}
+        self._clients: Counter[str] = Counter()
 
-    def add(self, connection: OpenConnection) -> bool:
-        """False: there are too many."""
-        if len(self._open) >= self.limit:
+    def renew(self, limits: LimitsConfig) -> None:
+        self.limit = limits.connections
+        self.per_client = limits.client_connections
+        self.rates.renew(limits)
+
+    def admit(self, connection: OpenConnection, client: str) -> Reply | None:
+        """The refusal if there are too many. `client`: whom it counts for, "" for nobody (networks.client_key)."""
+        loop = asyncio.get_running_loop()
+        if client and self.per_client and self._clients[client] >= self.per_client:
+            return Reply(421, "4.7.0", f"Too many connections from your address, at most {self.per_client}; close some")
+        if not self.rates.client_connections.take(client, loop.time()):
+            return Reply(421, "4.7.0", "Too many connections from your address within a minute, try again later")
+        if len(self._open) >= self.limit and not self._make_room(loop.time()):
+            return FULL
+        self._open[connection] = client
+        self._clients[client] += 1
+        return None
+
+    def _make_room(self, now: float) -> bool:
+        """End the connection that has been idle longest; one that has logged in only if there is no other."""
+        idle = [(connection.logged_in, since, connection) for connection in self._open
+                if (since := connection.idle_since) is not None and now - since >= IDLE_SECONDS] if self.limit else []
+        if not idle:
             return False
-        self._open.add(connection)
+        min(idle, key=lambda each: each[:2])[2].give_way()
         return True
 
     def discard(self, connection: OpenConnection) -> None:
-        self._open.discard(connection)
+        client = self._open.pop(connection, None)
+        if client is not None:
+            self._clients[client] -= 1
+            if not self._clients[client]:
+                del self._clients[client]
 
     def __len__(self) -> int:
         return len(self._open)

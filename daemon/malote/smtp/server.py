@@ -16,8 +16,10 @@ from aiosmtpd.smtp import SMTP, syntax
 from malote.errors import Reply
 from malote.smtp.auth import MAX_AUTH_FAILURES, AuthFault, decode_answer, parse_auth
 from malote.smtp.conversation import INTERNAL, ServerSettings
+from malote.smtp.forwarded import XCLIENT, XFORWARD
 from malote.smtp.message_commands import NO_HELO, MessageCommands
 from malote.smtp.path import PathRefused
+from malote.smtp.peer_commands import PeerCommands
 from malote.smtp.wire import ClientGone, LineFault, Phase
 
 __all__ = ["ServerSettings", "SubmissionServer"]
@@ -26,7 +28,7 @@ OK = Reply(250, "2.0.0", "Ok")
 _HELO = re.compile(r"[!#-'*-:=?-\[\]-~\u00a1-\ud7ff\ue000-\U0010ffff]{1,255}")     # fit to stand in a Received line
 
 
-class SubmissionServer(MessageCommands, SMTP):  # type: ignore[misc]  # aiosmtpd is not typed
+class SubmissionServer(MessageCommands, PeerCommands, SMTP):  # type: ignore[misc]  # aiosmtpd is not typed
     """One connection. aiosmtpd's constructor is not called: it spends 77 us on reflection that is done here once."""
 
     def __init_subclass__(cls) -> None:
@@ -41,6 +43,8 @@ class SubmissionServer(MessageCommands, SMTP):  # type: ignore[misc]  # aiosmtpd
         lines += [name for name in ("8BITMIME", "SMTPUTF8", "DSN", "REQUIRETLS") if name in self._extensions]
         if self._settings.tls_context is not None and not self.client.tls:
             lines.append("STARTTLS")
+        if self._may_speak_for_others:
+            lines += [f"XCLIENT {' '.join(XCLIENT)}", f"XFORWARD {' '.join(XFORWARD)}"]
         if offer.auth and self._private:
             lines.append(f"AUTH {' '.join(offer.auth)}")
         self.say(Reply(250, "", "\n".join(lines)))

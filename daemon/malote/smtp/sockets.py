@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+import shutil
 import socket
 import ssl
 import stat
@@ -17,7 +18,6 @@ import structlog
 from malote.config import ListenerConfig
 from malote.errors import ConfigError
 
-SOCKET_MODE = 0o666     # who may connect is decided by uid and by the directory's permissions, as for /dev/log
 BACKLOG = 512
 FIRST_FD = 3            # sd_listen_fds(3)
 PAUSE_SECONDS = 0.5     # without descriptors to accept with: until others have ended
@@ -32,7 +32,7 @@ def bind(config: ListenerConfig) -> list[socket.socket]:
     bound: list[socket.socket] = []
     try:
         if config.socket is not None:
-            bound.append(unix_socket(config.socket))
+            bound.append(unix_socket(config))
         else:
             found = socket.getaddrinfo(config.host or None, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
             for family, _, _, _, address in dict.fromkeys(found):
@@ -59,8 +59,9 @@ def _inet_socket(family: int, address: tuple[object, ...]) -> socket.socket:
     return sock
 
 
-def unix_socket(path: Path) -> socket.socket:
-    """Bound in the place of a socket that an earlier run left behind; of nothing else."""
+def unix_socket(config: ListenerConfig) -> socket.socket:
+    """Bound in the place of a socket that an earlier run left behind; of nothing else. Raises `ConfigError`, `OSError`."""
+    path = config.socket or Path()
     if path.exists() or path.is_symlink():
         if not stat.S_ISSOCK(path.lstat().st_mode):
             raise ConfigError(f"outgoing.listeners.socket: {path} exists and is not a socket")
@@ -74,12 +75,25 @@ def unix_socket(path: Path) -> socket.socket:
     sock = socket.socket(socket.AF_UNIX)
     try:
         sock.bind(str(path))
-        path.chmod(SOCKET_MODE)
-    except OSError:
+        if config.socket_group:
+            _give_to_group(path, config.socket_group)
+        path.chmod(config.socket_mode)      # last: until then, by the umask of the service, it is the owner's alone
+    except BaseException:
         sock.close()
         raise
     sock.setblocking(False)
     return sock
+
+
+def _give_to_group(path: Path, group: str) -> None:
+    """Raises `ConfigError`."""
+    try:
+        shutil.chown(path, group=int(group) if group.isdecimal() else group)
+    except LookupError:
+        raise ConfigError(f"outgoing.listeners.socket_group: there is no group {group}") from None
+    except PermissionError:
+        raise ConfigError(f"outgoing.listeners.socket_group: this user may not give a file to the group {group}",
+                          hint="make it a member of the group (SupplementaryGroups= in the unit)") from None
 
 
 def cannot_listen(config: ListenerConfig, error: OSError) -> ConfigError:

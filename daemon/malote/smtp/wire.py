@@ -65,6 +65,7 @@ class ClientWire(Timed, asyncio.Protocol):
         self._read_paused = False
         self._writable: asyncio.Future[None] | None = None
         self._phase = Phase.COMMAND
+        self._waiting_since = 0.0       # loop time at which the client's next command was begun to be waited for
         self._fd = -1
         self._over_tls = False
         self._unread_reply = False      # a reply to a message is out whose reading is not proved yet
@@ -212,6 +213,7 @@ class ClientWire(Timed, asyncio.Protocol):
         """Begin a phase that may last that long."""
         self._phase = phase
         self.start_timer(seconds)
+        self._waiting_since = self._deadline - seconds
 
     def timed_out(self) -> None:
         self.hang_up(TIMED_OUT)
