@@ -161,6 +161,12 @@ class StoreUnavailable(MaloteError):
     exit_code = ExitCode.STORE
 
 
+class NotProven(MaloteError):
+    """What was about to leave is not what was decided: a fault of ours, stopped by the last check. The text names the piece."""
+
+    default_reply = Reply(451, "4.3.0", "The message failed the last check before sending, nothing was sent, try again later")
+
+
 class UpstreamError(MaloteError):
     """The upstream server cannot be reached, or the connection broke. `in_doubt`: after our final dot, before its reply."""
 

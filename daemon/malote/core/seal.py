@@ -78,8 +78,13 @@ class SealRecipient:
 @dataclass(frozen=True, slots=True)
 class SealedMessage:
     raw: bytes = field(repr=False)      # a complete RFC 5322 message, CRLF, 7bit but for an internationalised outer header
-    payload_digest: bytes               # SHA-256 of the sealed part
+    payload: bytearray = field(repr=False)      # the sealed part in binary: what the last check holds `raw` against
     original_sha512: bytes
+
+    @property
+    def payload_digest(self) -> bytes:
+        """SHA-256 of the sealed part (docs/format.md 6.1)."""
+        return primitives.sha256(self.payload)
 
 
 def seal(
@@ -129,7 +134,7 @@ def seal(
         (_kid(recipient, show_key_ids), blob.serialize_key_blob(eid, wrapped))
         for recipient, wrapped in zip(recipients, blobs, strict=True)
     ]
-    return SealedMessage(_outer_message(outer.raw, parts, sealed), primitives.sha256(sealed), digest)
+    return SealedMessage(_outer_message(outer.raw, parts, sealed), sealed, digest)
 
 
 def _check_recipients(recipients: Sequence[SealRecipient], submission_id: bytes) -> None:

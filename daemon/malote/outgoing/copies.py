@@ -38,6 +38,7 @@ class Letter:
     received: bytes                         # our own Received line
     known_outer_ids: Mapping[str, str]
     fold: bool
+    shown: frozenset[str]                   # who To and Cc name: they may know of each other
     to_self: SendRow | None = None          # the numbers of a blob to the sender itself
     self_group: Group | None = None         # the one copy that has it
 
@@ -50,6 +51,7 @@ class Copy:
     sealed: bool
     utf8_header: bool = False       # the outer header has letters beyond ASCII: needs SMTPUTF8
     outer_id: str = ""              # Message-ID that the outside sees
+    payload: bytes | bytearray = field(default=b"", repr=False)     # the sealed part, for the check that follows
 
 
 def make_copy(letter: Letter, group: Group) -> Copy:
@@ -73,7 +75,7 @@ def _sealed_copy(letter: Letter, group: Group) -> Copy:
         submission_id=letter.submission_id, sent_at_ms=letter.sent_at_ms, outer=outer, fold=letter.fold,
         show_key_ids=group.kind is Kind.VISIBLE, name_recipients=group.kind is not Kind.LIST,
     )
-    return Copy(sealed.raw, True, outer.needs_smtputf8, outer.message_id)
+    return Copy(sealed.raw, True, outer.needs_smtputf8, outer.message_id, sealed.payload)
 
 
 def make_outer(letter: Letter) -> OuterHeaders:

@@ -16,6 +16,7 @@ from malote.core.message import complete, prepare
 from malote.core.policy import Action, MessageFacts, Policy, RecipientFacts
 from malote.core.primitives import hmac_sha256, random_bytes
 from malote.errors import KeyMissing
+from malote.outgoing.clearance import clear
 from malote.outgoing.copies import Letter, make_copy
 from malote.outgoing.directory import CardFinder
 from malote.outgoing.groups import Member, group_members
@@ -57,10 +58,11 @@ async def seal_offline(submitted: bytes, recipients: Sequence[str], *, identitie
         original=complete(prepared, date_ms=plan.first_at_ms, message_id=message_id),
         message_id=prepared.message_id or message_id, sender_address=sender, identity=identity, recipients=people,
         rows={row.address: row for row in plan.rows}, submission_id=plan.submission_id, sent_at_ms=plan.sent_at_ms,
-        received=b"", known_outer_ids={}, fold=config.fold,
+        received=b"", known_outer_ids={}, fold=config.fold, shown=prepared.to_cc,
     )
     members = [Member(address, sealed=True, stream=letter.rows[address].stream) for address in wanted]
-    return [SealedCopy(group.addresses, make_copy(letter, group).raw) for group in group_members(members, prepared.to_cc)]
+    return [SealedCopy(group.addresses, clear(letter, group, make_copy(letter, group)).raw)
+            for group in group_members(members, prepared.to_cc)]
 
 
 async def _recipients(wanted: Sequence[str], sender: str, finder: CardFinder, config: OutgoingConfig,

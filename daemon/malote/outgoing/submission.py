@@ -280,6 +280,7 @@ class Submissions:
             original=original, message_id=prepared.message_id or message_id, sender_address=from_address, identity=identity,
             recipients=recipients, rows=rows, submission_id=plan.submission_id, sent_at_ms=plan.sent_at_ms,
             received=received_line(self._host, session.protocol, self.clock_ms()), known_outer_ids=known, fold=self.config.fold,
+            shown=prepared.to_cc,
             to_self=rows[from_address] if self._blob_to_self(identity, from_address, recipients) else None,
         )
 
@@ -298,6 +299,8 @@ class Submissions:
             outcomes = before | delivery.outcomes
             turn.accepted.update((address, each.reply) for address, each in outcomes.items() if each.state is State.ACCEPTED)
             self._count(line, letter, outcomes, delivery.copies)
+            if delivery.alarm:
+                line.outcome, line.why = "stopped", f"by the last check: {delivery.alarm}"
             done = all(outcome.state is State.ACCEPTED for outcome in outcomes.values())
             await self._finish(plan, delivery, turn, wait=not done)
         if delivery.outer_ids:

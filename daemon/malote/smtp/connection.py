@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import re
 import ssl
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 
 from malote.errors import Reply, UpstreamError
@@ -19,7 +20,11 @@ Params = Mapping[str, "str | bool"]
 
 Then = Callable[["UpstreamConnection"], "asyncio.Future[Reply]"]
 
+Gate = Callable[["bytes | bytearray", "Sequence[str]"], object]
+
 BLOCK_BYTES = 256 * 1024    # one write of a message body; the block timer of RFC 5321 4.5.3.2.5 restarts with each
+
+_PARAMETER = re.compile(r"[A-Za-z0-9][A-Za-z0-9-]*(?:=[^\x00-\x20\x7f]*)?")
 
 # LMTP answers per recipient: this one stands for an answer that never came after others had.
 IN_DOUBT = Reply(451, "4.4.2", "Connection lost before the answer, try again later")
@@ -43,6 +48,7 @@ class UpstreamConnection(UpstreamWire):
         self._lmtp = lmtp
         self._helo_name = helo_name
         self._rcpts: list[asyncio.Future[Reply]] = []
+        self._paths: list[str] = []     # of those RCPT
         self.extensions: dict[str, str] = {}
         self.in_transaction = False
         self.tls = False
@@ -129,6 +135,7 @@ class UpstreamConnection(UpstreamWire):
         self.in_transaction = True
         self.transactions += 1
         self._rcpts = []
+        self._paths = []
         return self.command(f"MAIL FROM:<{address}>{_parameters(params)}")
 
     async def begin(self, address: str, params: Params, then: Then | None = None) -> Reply:
@@ -147,6 +154,7 @@ class UpstreamConnection(UpstreamWire):
         refused = self._missing(address, params)
         future = self._refuse(refused) if refused else self.command(f"RCPT TO:<{address}>{_parameters(params)}")
         self._rcpts.append(future)
+        self._paths.append(address)
         return future
 
     def _missing(self, address: str, params: Params) -> Reply | None:
@@ -167,14 +175,19 @@ class UpstreamConnection(UpstreamWire):
         return future
 
     async def data(
-        self, content: bytes | bytearray, *, on_final_dot: Callable[[], object] | None = None,
+        self, content: bytes | bytearray, *, on_final_dot: Callable[[], object] | None = None, gate: Gate | None = None,
     ) -> tuple[Reply, ...]:
         """Send the message. One reply per accepted recipient, in the order of RCPT (over SMTP they are all the same one).
 
         `content` in CRLF lines; a missing last CRLF is added. `on_final_dot` is called right before the bytes that hold the
         final dot are written: before it nothing has been sent, after it the outcome hangs on the server. Raises
         `UpstreamError`, with `in_doubt` when the connection was lost after that. Awaits RCPT replies that are still out.
+        `gate` gets the very bytes that will be written, and the path of every RCPT that was not refused; what it raises is raised
+        here, with nothing written and the transaction still open.
         """
+        body = stuff(content)
+        if gate is not None:
+            gate(body, [path for path, reply in zip(self._paths, self._rcpts, strict=True) if not _is_refusal(reply)])
         accepted = 0
         try:
             for future in self._rcpts:
@@ -188,7 +201,7 @@ class UpstreamConnection(UpstreamWire):
                     self._fail("answered DATA out of order")
                     raise self._error()  # noqa: TRY301
                 return (reply,) * max(1, accepted)
-            replies = await self._send_body(stuff(content), accepted if self._lmtp else 1, on_final_dot)
+            replies = await self._send_body(body, accepted if self._lmtp else 1, on_final_dot)
             self.in_transaction = False
             return tuple(replies) if self._lmtp else (replies[0],) * accepted
         except UpstreamError:
@@ -260,7 +273,15 @@ class UpstreamConnection(UpstreamWire):
 
 
 def _parameters(params: Params) -> str:
-    return "".join(f" {name}" if value is True else f" {name}={value}" for name, value in params.items() if value is not False)
+    """Raises `ValueError` for what is no parameter (RFC 5321 4.1.2): a command carries no text."""
+    words = [name if value is True else f"{name}={value}" for name, value in params.items() if value is not False]
+    if not all(map(_PARAMETER.fullmatch, words)):
+        raise ValueError("not an SMTP parameter")
+    return "".join([f" {word}" for word in words])
+
+
+def _is_refusal(reply: asyncio.Future[Reply]) -> bool:
+    return reply.done() and not reply.cancelled() and reply.exception() is None and reply.result().code // 100 != 2
 
 
 def _decoded(text: str) -> bytes:
