@@ -230,14 +230,14 @@ def together(monkeypatch: pytest.MonkeyPatch, method: str, count: int) -> None:
     """The first calls of this mailbox method happen at the same moment, if so many come within half a second."""
     original, here, all_here = getattr(Mailbox, method), [0], asyncio.Event()
 
-    async def waiting(box: Mailbox, *arguments: Any) -> Any:
+    async def waiting(box: Mailbox, *arguments: Any, **options: Any) -> Any:
         here[0] += 1
         if here[0] >= count:
             all_here.set()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(0.5):
                 await all_here.wait()
-        return await original(box, *arguments)
+        return await original(box, *arguments, **options)
 
     monkeypatch.setattr(Mailbox, method, waiting)
 
@@ -409,10 +409,10 @@ async def test_a_losers_copy_that_a_person_files_as_it_is_taken_back(box: Box, m
     trio, go_on = await lost_race(box, monkeypatch)
     withdraw = ImapDelivery.withdraw
 
-    async def filed_first(self: ImapDelivery, session: Session, copy: Copy) -> bool:
+    async def filed_first(self: ImapDelivery, session: Session, copy: Copy, other: Copy | None = None) -> bool:
         box.client.select()
         assert box.client.move(copy.uid, "Filed")
-        return await withdraw(self, session, copy)
+        return await withdraw(self, session, copy, other)
 
     monkeypatch.setattr(ImapDelivery, "withdraw", filed_first)
     await go_on()
@@ -424,11 +424,19 @@ async def test_a_losers_copy_that_a_person_files_as_it_is_taken_back(box: Box, m
 
 # --- many ---
 
-async def test_a_copy_that_moves_while_a_contest_is_looked_at(box: Box, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("place", ["Drafts", "Trash", "Junk", "Malote", "Malote/Sealed", "Malote/Quarantine", "Filed"])
+async def test_a_copy_that_moves_while_a_contest_is_looked_at(box: Box, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
     """A person moves the other device's copy from a folder that is not searched yet to one that was: it is seen nowhere, and
     the contest must not end with that."""
     trio = await original_taken_away(box, monkeypatch, (NAMES[0], NAMES[2]))
     theirs = box.client.uids("INBOX", f'HEADER Malote-Mark "{NAMES[0]}"')
+    box.client.imap.create(place)
+    list_folders = Mailbox.list_folders
+
+    async def that_one_first(self: Mailbox) -> list[Folder]:
+        return sorted(await list_folders(self), key=lambda folder: (folder.name != place, folder.name == "INBOX"))
+
+    monkeypatch.setattr(Mailbox, "list_folders", that_one_first)
     looked: list[str] = []
     copies_in = ImapDelivery._copies_in
 
@@ -436,7 +444,6 @@ async def test_a_copy_that_moves_while_a_contest_is_looked_at(box: Box, monkeypa
         found = await copies_in(self, session, folder, messages)
         looked.append(folder.name)
         if len(looked) == 1:
-            assert folder.name != "INBOX"
             box.client.select("INBOX")
             assert box.client.move(theirs[0], folder.name)
         return found
@@ -444,13 +451,29 @@ async def test_a_copy_that_moves_while_a_contest_is_looked_at(box: Box, monkeypa
     monkeypatch.setattr(ImapDelivery, "_copies_in", moved_meanwhile)
     trio.late += CONTEST_MS + 1000
     await trio.watchers[1].run_once()
+    assert looked[0] == place
     assert len(looked) > 1
     monkeypatch.undo()
-    first = looked[0]
     await trio.settle()
-    left = [str(message["Subject"]) for folder in {"INBOX", first} for message in box.client.messages(folder)
+    left = [str(message["Subject"]) for folder in ("INBOX", place) for message in box.client.messages(folder)
             if message["Malote-Verdict"]]
     assert left == ["contested"]
+
+
+@pytest.mark.parametrize("method", ["store_flags", "noop", "search"])
+async def test_two_devices_that_yield_at_the_same_moment(box: Box, monkeypatch: pytest.MonkeyPatch, method: str) -> None:
+    """One that was asleep comes to its contest just when the other has waited for it long enough: each would leave the message
+    to the other, and nothing would be left. Whatever they do at the same time, one copy stays."""
+    trio = await original_taken_away(box, monkeypatch, (NAMES[0], NAMES[2]))
+    trio.late += CONTEST_MS + 1000
+    await trio.watchers[0].run_once()
+    assert trio.subjects() == ["contested"] * 2
+    trio.late += CONTEST_MS + 1000
+    together(monkeypatch, method, 2)
+    await asyncio.gather(*(watcher.run_once() for watcher in trio.watchers))
+    assert trio.subjects()
+    assert await trio.settle() == ["contested"]
+    assert "\\Deleted" not in str(box.client.imap.uid("FETCH", str(box.client.uids()[0]), "(FLAGS)"))
 
 
 @pytest.mark.parametrize("deliver", ["replace", "maildir"])

@@ -76,8 +76,9 @@ class Delivery(Protocol):
         """Whether both are still there and hold the same content."""
         ...
 
-    async def withdraw(self, session: Session, copy: Copy) -> bool:
-        """Take a copy of ours back. False: it was not there, somebody has just moved it."""
+    async def withdraw(self, session: Session, copy: Copy, other: Copy | None = None) -> bool:
+        """Take a copy of ours back. False: it was not there, somebody has just moved it; or `other`, which is to stay in its
+        place, was not there any more, or is about to be taken back itself."""
         ...
 
     async def reflag(self, session: Session, source: Folder, parcel: Parcel, flags: Sequence[str]) -> None:
@@ -178,17 +179,31 @@ class ImapDelivery:
             found += [fetched.raw] if fetched is not None else []
         return len(found) == 2 and same_content(*found)
 
-    async def withdraw(self, session: Session, copy: Copy) -> bool:
-        await session.enter(copy.folder)
-        await session.box.noop()        # else a server may still show what another client has moved away
-        if not await session.box.sizes([copy.uid]):
+    async def withdraw(self, session: Session, copy: Copy, other: Copy | None = None) -> bool:
+        if await self._flags_now(session, copy) is None:
             return False
+        if other is not None:
+            # Two devices may come to this at the same moment, each for the sake of the other's copy. Whoever marks its own
+            # and then looks sees the mark of whoever marked before: so never do both go.
+            await session.box.store_flags([copy.uid], add=["\\Deleted"])
+            flags = await self._flags_now(session, other)
+            await session.enter(copy.folder)
+            if flags is None or _is_discarded(other.folder, flags):
+                await session.box.store_flags([copy.uid], remove=["\\Deleted"])
+                return False
         try:
             await session.box.expunge([copy.uid])
         except MailboxError as error:
             if error.code != "NOUIDPLUS":       # then it stays, marked deleted
                 raise
         return True
+
+    async def _flags_now(self, session: Session, copy: Copy) -> Sequence[str] | None:
+        """Its flags; None: it is not there any more. Its folder is entered."""
+        await session.enter(copy.folder)
+        await session.box.noop()        # else a server may still show what another client has moved away or marked
+        found = await session.box.peek_headers([copy.uid], ("Malote-Mark",))
+        return found[0].flags if found and mark_of(found[0].header) == copy.mark else None
 
     async def reflag(self, session: Session, source: Folder, parcel: Parcel, flags: Sequence[str]) -> None:
         if not parcel.copy:

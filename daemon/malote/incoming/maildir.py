@@ -37,7 +37,7 @@ class MaildirDelivery:
     async def is_same(self, session: Session, one: Copy, other: Copy) -> bool:
         return False
 
-    async def withdraw(self, session: Session, copy: Copy) -> bool:
+    async def withdraw(self, session: Session, copy: Copy, other: Copy | None = None) -> bool:
         raise MailboxError("a message delivered into a Maildir is not taken back")
 
     async def reflag(self, session: Session, source: Folder, parcel: Parcel, flags: Sequence[str]) -> None:

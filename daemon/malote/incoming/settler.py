@@ -39,7 +39,7 @@ class Settler:
             found = any(copy.mark.device == self._device for copy in copies)    # else somebody is just moving it
             if not found or decide_after_lost_move(mark, copies, original_is_sealed=digest in sealed, late=late):
                 self._contests.open(mark.message, self._clock())
-            elif await self._withdraw(session, copies):
+            elif await self._withdraw(session, copies, self._anothers(copies)):
                 self._foreign.note_settled(digest)
             else:
                 self._contests.open(mark.message, self._clock())
@@ -54,22 +54,22 @@ class Settler:
             decision = decide_contest(ours, copies, waited_for=contest.waited_for)
             if decision is Settle.WAIT:
                 self._contests.wait(message, self._clock(), greater_names(ours, copies))
-            elif decision is Settle.YIELD and await self._yield(session, copies):
-                self._contests.close(message)
-            else:
+            elif (other := await self._stays(session, copies) if decision is Settle.YIELD else None) is None:
                 self._contests.rest(message, self._clock())
+            elif await self._withdraw(session, copies, other):
+                self._contests.close(message)
+            else:       # somebody is just moving one of them, or the other device is about to go too: from the beginning
+                self._contests.wait(message, self._clock(), frozenset())
 
-    async def _yield(self, session: Session, copies: Sequence[Copy]) -> bool:
-        """Take ours back, if one that stays says the same: its device may have died before it could verify it.
-
-        False: nothing was taken back, as they differ, ours is not to be found, or somebody is just moving one of them.
-        """
+    async def _stays(self, session: Session, copies: Sequence[Copy]) -> Copy | None:
+        """Another device's copy that may stay in the place of ours, as it says the same: its device may have died before it could
+        verify it. None also where ours is not to be found."""
         ours = [copy for copy in copies if copy.mark.device == self._device]
         for other in copies:
             stays = other.mark.device != self._device and not other.discarded
             if ours and stays and await self._delivery.is_same(session, ours[0], other):
-                return await self._withdraw(session, ours)
-        return False
+                return other
+        return None
 
     async def _copies_of(self, session: Session, source: Folder, messages: Mapping[str, bool]) -> dict[str, list[Copy]]:
         """The copies of each; those of which fewer than two are found though the original is sealed (True) also in all other
@@ -79,10 +79,15 @@ class Settler:
                  if is_sealed and len({copy.mark.device for copy in found.get(message, [])}) < 2]
         return found | _by_message(await self._delivery.copies_anywhere(session, filed))
 
-    async def _withdraw(self, session: Session, copies: Iterable[Copy]) -> bool:
-        """Whether all of ours were still where they had been seen."""
+    def _anothers(self, copies: Iterable[Copy]) -> Copy | None:
+        """One that is there for a person to read, else one that a person has thrown away."""
+        others = [copy for copy in copies if copy.mark.device != self._device]
+        return min(others, key=lambda copy: copy.discarded, default=None)
+
+    async def _withdraw(self, session: Session, copies: Iterable[Copy], other: Copy | None) -> bool:
+        """Whether all of ours were still where they had been seen, and `other` still stays."""
         ours = [copy for copy in copies if copy.mark.device == self._device]
-        return all([await self._delivery.withdraw(session, copy) for copy in ours])
+        return all([await self._delivery.withdraw(session, copy, other) for copy in ours])
 
 
 def _by_message(copies: Iterable[Copy]) -> dict[str, list[Copy]]:
