@@ -9,7 +9,9 @@ original from under two watchers, or files the winner's copy while the loser loo
 message at the same moment both succeed (Dovecot 2.3 with Maildir does: each then finds the other's original in the sealed
 folder); when the winner found the copy of another device there too, which may be dead. It is settled later, when every loser
 that knows it has gone: the device with the greatest name yields first. Any other waits for those with greater names while one of
-them goes in each round, and yields when they stay, since then they know of no contest. So devices never yield to each other.
+them goes in each round, and yields when they stay, since then they know of no contest. A device may wake from
+sleep in the middle of that, so time alone proves nothing: whoever yields marks its copy first and then looks whether the other's
+is unmarked (`ImapDelivery.withdraw`). Of two that do so at once at least one sees the other, and stays.
 Nobody relies on another device's copy instead of its own: that device may be about to take it back, for it may see a third one's.
 """
 
