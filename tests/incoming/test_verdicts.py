@@ -314,3 +314,20 @@ async def test_mail_to_oneself_is_proven_by_ones_own_card(box: Box) -> None:
     box.sender.identity = box.identity
     box.client.put(box.sender.seal(note(sender=box.user, to=box.user), box.identity))
     assert await look(box, store) == ["FRESH"]
+
+
+@pytest.mark.parametrize("card", [True, False])
+async def test_who_had_part_is_remembered_for_replies(box: Box, card: bool) -> None:
+    """The sealing side refuses to let others in. By what is signed alone: of mail whose sender is not proven it is only
+    remembered that replies to it must be sealed."""
+    store = await box.open_store(card=card)
+    original = note(to=box.user, more="Cc: Carl <carl@else.example>\r\nCc: zoe@else.example, broken <\r\n"
+                                      "Reply-To: desk@sender.example\r\n")
+    box.client.put(box.seal(original))
+    assert await look(box, store) == ["FRESH" if card else "UNKNOWN-SENDER"]
+    [message_id] = [line.split(b": ")[1].decode() for line in original.splitlines() if line.lower().startswith(b"message-id")]
+    await store.flush()
+    known = (await store.known_messages([message_id]))[message_id]
+    assert bool(known.outer_id) == card
+    people = (box.user, "anna@sender.example", "desk@sender.example", "carl@else.example", "zoe@else.example")
+    assert [known.had_part(each) for each in people] == [True, True, True, True, not card]

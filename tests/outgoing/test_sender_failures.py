@@ -195,7 +195,7 @@ RULES = (RuleConfig(subjects=("*secret*",), seal="require"), RuleConfig(seal="re
 PLACES: list[tuple[Any, str]] = [
     (CardFinder, "find"), (Store, "cards"), (Store, "had_card"), (Store, "begin_send"), (Store, "begin_plain"),
     (Store, "finish_send"),
-    (Store, "finish_send_later"), (Store, "local_key"), (Store, "outer_ids"), (Store, "remember_outer_id"),
+    (Store, "finish_send_later"), (Store, "local_key"), (Store, "known_messages"), (Store, "remember_outer_id"),
     (Store, "log_outcome"),
     (submission, "prepare"), (submission, "complete"), (Policy, "decide_recipient"), (Policy, "decide_message"),
     (submission, "decide_encrypted"),

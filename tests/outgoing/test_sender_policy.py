@@ -206,3 +206,35 @@ async def test_a_reply_to_sealed_mail_leaves_sealed_or_not_at_all(tmp_path: Path
         assert (await gw.submit(ALICE.address, [STRANGER], text(to=STRANGER, in_reply_to="<other@x.example>"))).code == 250
         assert (await gw.submit(ALICE.address, [BOB.address], text(in_reply_to="<first@test.example>"))).code == 250
     assert [message.recipients for message in upstream.messages] == [[BOB.address], [STRANGER], [BOB.address]]
+
+
+async def test_a_reply_to_opened_mail_goes_only_to_those_who_had_part_in_it(tmp_path: Path) -> None:
+    """RFC 9787 5.4, RFC 9788 6.2: nobody is let into a sealed conversation by a slip, nor by a hostile Cc that was not signed.
+    What In-Reply-To names counts, else the nearest in References; the author himself is never an outsider."""
+    async with Upstream() as upstream, gateway(tmp_path, upstream, (RuleConfig(recipients=("@test.example",)),)) as gw:
+        gw.store.remember_outer_id("<old@x.example>", "<o1@x.example>", NOW_MS, {BOB.address, CAROL.address, ALICE.address})
+        gw.store.remember_outer_id("<new@x.example>", "<o2@x.example>", NOW_MS, {BOB.address})
+        for fields in ({"in_reply_to": "<new@x.example>"},
+                       {"references": "<old@x.example> <new@x.example> <unknown@x.example>"},
+                       {"in_reply_to": "<new@x.example>", "references": "<new@x.example> <old@x.example>"},
+                       {"in_reply_to": "<old@x.example> <new@x.example>"}):
+            done = await gw.submit(ALICE.address, [BOB.address, CAROL.address], text(**fields))
+            assert done.data.startswith("550 5.7.1 This answers sealed mail that carol@test.example had no part in; nothing")
+            assert "Malote-Seal: yes" in done.data
+        assert upstream.messages == []
+        for fields in ({"in_reply_to": "<old@x.example>"}, {"references": "<new@x.example> <old@x.example>"},
+                       {"in_reply_to": "<new@x.example>", "malote_seal": "yes"}):
+            content = text(message_id=f"<{len(upstream.messages)}@test.example>", **fields)
+            assert (await gw.submit(ALICE.address, [BOB.address, CAROL.address], content)).code == 250, fields
+        assert (await gw.submit(ALICE.address, [ALICE.address], text(in_reply_to="<new@x.example>"))).code == 250
+    assert b"secret" not in upstream.wire
+
+
+async def test_an_override_of_a_reply_in_clear_needs_a_rule_that_allows_it(tmp_path: Path) -> None:
+    rules = (RuleConfig(recipients=(STRANGER,), allow_no=True),)
+    reply = text(to=STRANGER, in_reply_to="<new@x.example>", malote_seal="no")
+    for given, code in ((rules, 250), ((), 550)):
+        async with Upstream() as upstream, gateway(tmp_path / str(code), upstream, given) as gw:
+            gw.store.remember_outer_id("<new@x.example>", "", NOW_MS, {BOB.address})
+            assert (await gw.submit(ALICE.address, [STRANGER], reply)).code == code
+        assert len(upstream.messages) == (code == 250)

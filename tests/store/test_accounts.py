@@ -7,6 +7,7 @@ from pathlib import Path
 
 from malote.store import Attempt, FolderState, OutcomeEntry, Store
 from malote.store.accounts import MAX_OUTCOMES
+from malote.store.records import KnownMessage
 
 DAY_MS = 86_400_000
 
@@ -45,19 +46,43 @@ async def test_recent_outcomes_are_newest_first(store: Store) -> None:
     assert await store.recent_outcomes(3) == entries[:1:-1]
 
 
-async def test_outer_ids(sqlite_store: Store, now_ms: int, tmp_path: Path) -> None:
+async def test_known_messages(sqlite_store: Store, now_ms: int, tmp_path: Path) -> None:
     """Found by the inner id; the inner id itself, which others do not know, is not in the file."""
-    sqlite_store.remember_outer_id("<inner-1@a.example>", "<outer-1@a.example>", now_ms)
+    sqlite_store.remember_outer_id("<inner-1@a.example>", "<outer-1@a.example>", now_ms, {"anna@a.example"})
     await sqlite_store.flush()
-    found = await sqlite_store.outer_ids(["<inner-1@a.example>", "<inner-2@a.example>"])
-    assert found == {"<inner-1@a.example>": "<outer-1@a.example>"}
-    assert await sqlite_store.outer_ids([]) == {}
+    found = await sqlite_store.known_messages(["<inner-1@a.example>", "<inner-2@a.example>"])
+    assert {inner: known.outer_id for inner, known in found.items()} == {"<inner-1@a.example>": "<outer-1@a.example>"}
+    assert await sqlite_store.known_messages([]) == {}
     await sqlite_store.close()
     raw = sqlite3.connect(tmp_path / "store" / "store.sqlite")
     dump = "\n".join(raw.iterdump())
     raw.close()
     assert "inner-1" not in dump
+    assert "anna" not in dump
     assert "outer-1" in dump
+
+
+async def test_who_had_part_in_an_opened_message(store: Store, now_ms: int) -> None:
+    """What was said first counts: whoever can make a message of the same id must not get himself among them. What was only sent,
+    or is not proven, names nobody and takes nothing away."""
+    async def known() -> KnownMessage:
+        await store.flush()
+        return (await store.known_messages(["<m@a.example>"]))["<m@a.example>"]
+    store.remember_outer_id("<m@a.example>", "<outer@a.example>", now_ms)
+    assert (await known()).had_part("anybody@else.example"), "not opened here"
+    store.remember_outer_id("<m@a.example>", "<outer@a.example>", now_ms, {"anna@a.example", "j\u00f6rg@b.example"})
+    store.remember_outer_id("<m@a.example>", "", now_ms)
+    store.remember_outer_id("<m@a.example>", "", now_ms, {"mallory@evil.example"})
+    message = await known()
+    assert message.outer_id == "<outer@a.example>"
+    assert [message.had_part(each) for each in ("anna@a.example", "j\u00f6rg@b.example", "mallory@evil.example", "")] == [
+        True, True, False, False]
+    store.remember_outer_id("<n@a.example>", "<o@a.example>", now_ms, {"anna@a.example"})
+    await store.flush()
+    other = (await store.known_messages(["<n@a.example>"]))["<n@a.example>"]
+    assert message.participants
+    assert other.participants
+    assert not message.participants & other.participants, "nobody can tell that it is the same person"
 
 
 async def test_everything_that_grows_expires(store: Store, now_ms: int) -> None:
@@ -73,4 +98,4 @@ async def test_everything_that_grows_expires(store: Store, now_ms: int) -> None:
     assert len(await store.recent_outcomes(10**6)) == MAX_OUTCOMES
     await store.expire(now_ms + 401 * DAY_MS)
     assert await store.attempts("home", "INBOX") == []
-    assert await store.outer_ids(["<inner@a.example>"]) == {}
+    assert await store.known_messages(["<inner@a.example>"]) == {}

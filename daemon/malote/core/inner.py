@@ -31,6 +31,25 @@ def read_inner(original: Bytes) -> InnerHeader:
     return InnerHeader(_message_id(fields), _from_address(fields))
 
 
+def read_participants(original: Bytes) -> frozenset[str]:
+    """Whom the original says it is from and for, and whom its author wants to be answered: From, To, Cc, Reply-To.
+
+    Never raises: a field that cannot be read names nobody.
+    """
+    try:
+        fields = header_fields(original)
+    except FormatError:
+        return frozenset()
+    found: set[str] = set()
+    for name in ("from", "to", "cc", "reply-to"):
+        for value in values(fields, name):
+            try:
+                found.update(parse_mailboxes(value))
+            except FormatError:
+                continue
+    return frozenset(found)
+
+
 def _message_id(fields: list[Field]) -> str:
     found = values(fields, "message-id")
     return found[0].decode("ascii") if len(found) == 1 and _MESSAGE_ID.fullmatch(found[0]) else ""

@@ -16,7 +16,7 @@ from malote.core.blob import BlobContent, KeyBlob, parse_key_blob, unwrap_sessio
 from malote.core.card import Card
 from malote.core.fold import MAX_SIZE, MAX_TABLE_BYTES, unfold
 from malote.core.freshness import Claim, SignatureState
-from malote.core.inner import read_inner
+from malote.core.inner import read_inner, read_participants
 from malote.core.keys import DecryptionKey
 from malote.core.manifest import Manifest, belongs_to, parse_manifest
 from malote.core.parts import FoundParts, FoundPayload
@@ -94,6 +94,12 @@ class Opened:
             payload_digest=unsealed.payload_digest, original_sha512=manifest.sha512, signature=self.signature,
             addressed=self.addressed, from_matches=self.from_matches,
         )
+
+    @property
+    def participants(self) -> frozenset[str]:
+        """Whom it was from and for, by what is signed alone (RFC 9788 6.2: a reply goes to protected addresses only)."""
+        named = {entry.address for entry in self.manifest.recipients if entry.address is not None}
+        return read_participants(self.original) | named | {self.manifest.sender}
 
     @property
     def outer_differences(self) -> tuple[OuterDifference, ...]:

@@ -94,6 +94,12 @@ def threading_ids(message: bytes | Iterable[Field]) -> list[str]:
     return list(dict.fromkeys(_ids(fields, "in-reply-to") + _ids(fields, "references")))
 
 
+def reply_ids(message: Iterable[Field]) -> tuple[list[str], list[str]]:
+    """The inner Message-IDs that In-Reply-To names, and those of References from the nearest on."""
+    fields = list(message)
+    return _ids(fields, "in-reply-to"), _ids(fields, "references")[::-1]
+
+
 def strip_for(value: bytes) -> bytes:
     """A Received value, unfolded, without its `for` clause and without comments that could name a recipient."""
     value = unfold(value)[:MAX_RECEIVED_BYTES]

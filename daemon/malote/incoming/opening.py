@@ -15,7 +15,7 @@ import structlog
 from malote.core import status
 from malote.core.address import domain_of
 from malote.core.card import Card, parse_card
-from malote.core.freshness import FROM_GATEWAY, TO_GATEWAY
+from malote.core.freshness import FROM_GATEWAY, QUARANTINED, TO_GATEWAY, UNPROVEN, Verdict
 from malote.core.open import Opened, Unsealed, authenticate, unseal
 from malote.core.parts import find_parts
 from malote.errors import Unreadable
@@ -135,6 +135,18 @@ async def find_cards(store: Store, senders: set[str]) -> dict[str, Card]:
         return {}
     records = await store.cards([*senders, *{"@" + domain_of(sender) for sender in senders}])
     return {address: _card(record.card_raw) for address, record in records.items()}
+
+
+def remember_outer_id(store: Store, opened: Opened, verdict: Verdict, now_ms: int) -> None:
+    """For replies: they must be sealed, to nobody but those who had part in it, and are threaded by its outer id. What is not
+    proven says nothing but the first: nobody else may say what another message's id is outside, or who had part in it."""
+    if verdict in QUARANTINED or not opened.manifest.message_id:
+        return
+    if verdict in UNPROVEN:
+        store.remember_outer_id(opened.manifest.message_id, "", now_ms)
+        return
+    outer_id = next((value for name, value in opened.manifest.outer if name.lower() == "message-id"), "")
+    store.remember_outer_id(opened.manifest.message_id, outer_id, now_ms, opened.participants)
 
 
 @lru_cache(maxsize=2000)        # parsing a card and loading its keys costs as much as using them; 8 KB each

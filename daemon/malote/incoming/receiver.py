@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import structlog
 
 from malote.config import AccountConfig
-from malote.core.freshness import QUARANTINED, UNPROVEN, Arrival, FreshnessLimits
+from malote.core.freshness import Arrival, FreshnessLimits
 from malote.errors import MailboxError
 from malote.incoming.account import AccountKeys
 from malote.incoming.arbiter import Contests
@@ -24,7 +24,7 @@ from malote.incoming.delivery import Delivery, Failure, Parcel, carriable, wrapp
 from malote.incoming.foreign import ForeignFolders
 from malote.incoming.imap_protocol import MAX_LITERAL
 from malote.incoming.mailbox import Fetched, Folder
-from malote.incoming.opening import Kind, Letter, Opener, off_loop
+from malote.incoming.opening import Kind, Letter, Opener, off_loop, remember_outer_id
 from malote.incoming.outcomes import Outcomes
 from malote.incoming.presenting import Frame, opened_copy, received_lines
 from malote.incoming.session import Folders, Session
@@ -286,18 +286,10 @@ class Receiver:
     async def _finish(self, place: Place, done: Sequence[Judged], outcome: str) -> None:
         await asyncio.gather(*(self._store.mark_delivered(item.stored.row_id) for item in done if item.stored.row_id is not None))
         for item in done:
-            self._remember_outer_id(item)
+            if item.letter.opened is not None:
+                remember_outer_id(self._store, item.letter.opened, item.stored.judgement.verdict, self._clock())
             self._outcomes.note(item.letter, outcome, item.stored.judgement.verdict)
         await self._forget_attempts(place, [item.letter.uid for item in done])
-
-    def _remember_outer_id(self, item: Judged) -> None:
-        """For the outer header of replies. Only of proven mail: nobody else may say what another message's id is outside."""
-        opened = item.letter.opened
-        if opened is None or item.stored.judgement.verdict in UNPROVEN | QUARANTINED or not opened.manifest.message_id:
-            return
-        outer_id = next((value for name, value in opened.manifest.outer if name.lower() == "message-id"), "")
-        if outer_id:
-            self._store.remember_outer_id(opened.manifest.message_id, outer_id, self._clock())
 
     async def _forget_attempts(self, place: Place, uids: Iterable[int]) -> None:
         for uid in uids:

@@ -9,7 +9,7 @@ is made of what was to be sealed (copies.py).
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -23,7 +23,7 @@ from malote.core.content import NO_CONTENT, Content, read_content
 from malote.core.encrypted import Encrypted, decide_encrypted
 from malote.core.identity import Identity
 from malote.core.message import Prepared, complete, prepare
-from malote.core.outer import threading_ids
+from malote.core.outer import reply_ids, threading_ids
 from malote.core.policy import (
     Action,
     MessageDecision,
@@ -61,8 +61,8 @@ from malote.outgoing.notice import Refused, make_notice
 from malote.outgoing.transaction import Recipient, Transaction
 from malote.smtp.desk import ClientSession, Params
 from malote.smtp.lanes import Lane
+from malote.store.records import KnownMessage, OutcomeEntry, SendIntent, SendPlan, SendRecipient, SendRow, SendState
 from malote.store.records import Outcome as Written
-from malote.store.records import OutcomeEntry, SendIntent, SendPlan, SendRecipient, SendRow, SendState
 from malote.store.store import Store
 
 log = structlog.get_logger("malote.outgoing")
@@ -174,7 +174,10 @@ class Submissions:
         check_own(submitter, prepared.from_address)
         recipients = {recipient.address: recipient for recipient in tx.recipients}
         ids = threading_ids(prepared.kept)
-        known = await self._store.outer_ids(ids) if ids else {}
+        messages = await self._store.known_messages(ids) if ids else {}
+        known = {inner_id: message.outer_id for inner_id, message in messages.items()}
+        if known:
+            _mark_outsiders(recipients.values(), prepared, messages)
         encrypted = await self._work(len(content), decide_encrypted, content)
         asked = NO_CONTENT
         if policy.table.asks_content:
@@ -379,6 +382,16 @@ class Submissions:
         self._store.log_outcome(OutcomeEntry(
             at_ms=self.clock_ms(), direction="out", outcome=line.outcome, account=session.user, message_id=line.id,
             sender=line.from_address, recipients=len(tx.recipients), detail=f"{code} {line.why}".rstrip(), took_ms=took_ms))
+
+
+def _mark_outsiders(recipients: Iterable[Recipient], prepared: Prepared, known: Mapping[str, KnownMessage]) -> None:
+    """Who had no part in the opened message that this one answers: what In-Reply-To names, else the nearest of References."""
+    answered, earlier = reply_ids(prepared.kept)
+    opened = [known[each] for each in answered if each in known and known[each].participants is not None]
+    opened = opened or [known[each] for each in earlier if each in known and known[each].participants is not None][:1]
+    for recipient in recipients:
+        recipient.outsider = (recipient.address != prepared.from_address
+                              and not all(each.had_part(recipient.address) for each in opened))
 
 
 def _check_routes(policy: Policy, message: MessageFacts, routes: Sequence[RecipientFacts]) -> None:

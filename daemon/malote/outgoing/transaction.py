@@ -31,12 +31,13 @@ class Recipient:
     decision: Decision          # from the envelope alone, then from the content too
     policy: Policy | None = None    # that was in force then
     routes: tuple[RecipientFacts, ...] = ()     # where a server may send it on to, by its local part
+    outsider: bool = False      # had no part in the opened message that this one answers
     action: Action | None = None    # final; None: not decided, and nothing may be sent
     reply: asyncio.Future[Reply] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
 
     @property
     def facts(self) -> RecipientFacts:
-        return RecipientFacts(self.address, self.card is not None, self.had_card)
+        return RecipientFacts(self.address, self.card is not None, self.had_card, self.outsider)
 
     @property
     def accepted(self) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from sqlalchemy import Table, bindparam, delete, func, select
+from sqlalchemy import Table, Text, bindparam, case, delete, func, select
 from sqlalchemy.dialects.postgresql import insert
 
 from malote.store.database import Db
@@ -44,8 +44,15 @@ _RECENT = Statement(select(*(outcome.c[column] for column in _OUTCOME_COLUMNS))
 _LAST_OUTCOME = Statement(select(func.max(outcome.c.row_id)))
 _EXPIRE_OUTCOMES = Statement(delete(outcome).where(outcome.c.row_id <= bindparam("up_to")))
 
-_OUTER = Statement(select(outer_id.c.outer_id).where(outer_id.c.inner_mark == bindparam("inner_mark")))
-_PUT_OUTER = _upsert(outer_id, ("inner_mark", "outer_id", "at_ms"), ("inner_mark",))
+_OUTER = Statement(select(outer_id.c.outer_id, outer_id.c.participants).where(outer_id.c.inner_mark == bindparam("inner_mark")))
+# Who had part in a message is what was said first: a later one of the same id must not add to it.
+_PUT_OUTER = Statement(insert(outer_id).values({column: bindparam(column) for column in (
+    "inner_mark", "outer_id", "at_ms", "participants",
+)}).on_conflict_do_update(index_elements=["inner_mark"], set_={
+    "outer_id": case((bindparam("outer_id", type_=Text) == "", outer_id.c.outer_id), else_=bindparam("outer_id")),
+    "at_ms": bindparam("at_ms"),
+    "participants": func.coalesce(outer_id.c.participants, bindparam("participants")),
+}))
 _EXPIRE_OUTER = Statement(delete(outer_id).where(outer_id.c.at_ms < bindparam("before_ms")))
 
 
@@ -80,16 +87,17 @@ def recent_outcomes(db: Db, limit: int) -> list[OutcomeEntry]:
     return [OutcomeEntry(**dict(zip(_OUTCOME_COLUMNS, row, strict=True))) for row in db.rows(_RECENT, {"limit": limit})]
 
 
-def remember_outer_id(db: Db, inner_mark: bytes, outer: str, now_ms: int) -> None:
-    db.run(_PUT_OUTER, {"inner_mark": inner_mark, "outer_id": outer, "at_ms": now_ms})
+def remember_message(db: Db, inner_mark: bytes, outer: str, participants: bytes | None, now_ms: int) -> None:
+    db.run(_PUT_OUTER, {"inner_mark": inner_mark, "outer_id": outer, "at_ms": now_ms, "participants": participants})
 
 
-def outer_ids(db: Db, marks: dict[str, bytes]) -> dict[str, str]:
-    found: dict[str, str] = {}
+def known_messages(db: Db, marks: dict[str, bytes]) -> dict[str, tuple[str, bytes | None]]:
+    """Outer id and marks of the participants by inner id."""
+    found: dict[str, tuple[str, bytes | None]] = {}
     for inner, mark in marks.items():
         row = db.row(_OUTER, {"inner_mark": mark})
         if row is not None:
-            found[inner] = row[0]
+            found[inner] = row[0], row[1]
     return found
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import IntEnum, StrEnum
 
 from malote.core.freshness import Judgement
+from malote.core.primitives import hmac_sha256
 
 
 class Level(StrEnum):
@@ -139,6 +140,33 @@ class Stored:
     row_id: int | None      # for `mark_delivered`; None: nothing is remembered of it (UNREADABLE)
     first: bool             # this call wrote the row
     delivered: bool         # the row says that it was delivered before
+
+
+MARK_BYTES = 16         # of one participant: enough that two never meet, and no more than that to store
+
+
+@dataclass(frozen=True, slots=True)
+class KnownMessage:
+    """A sealed message that was sent or opened here."""
+
+    outer_id: str           # its Message-ID as others see it; "" where nobody proven said so
+    inner_id: str
+    participants: frozenset[bytes] | None       # marks of those whom it was from and for; None: not opened here, or not proven
+    key: bytes = field(repr=False)
+
+    def had_part(self, address: str) -> bool:
+        """Whether this canonical address is one of the participants. True where they are not known."""
+        return self.participants is None or participant_mark(self.key, self.inner_id, address) in self.participants
+
+
+def participant_mark(key: bytes, inner_id: str, address: str) -> bytes:
+    """Keyed, and another for each message: who reads the store learns nobody's correspondents."""
+    return hmac_sha256(key, b"participant\0", inner_id.encode("utf-8", "surrogateescape"), b"\0",
+                       address.encode("utf-8", "surrogateescape"))[:MARK_BYTES]
+
+
+def split_marks(marks: bytes | None) -> frozenset[bytes] | None:
+    return None if marks is None else frozenset(marks[at:at + MARK_BYTES] for at in range(0, len(marks), MARK_BYTES))
 
 
 @dataclass(frozen=True, slots=True)

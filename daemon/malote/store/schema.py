@@ -13,7 +13,7 @@ from typing import Any
 from sqlalchemy import BigInteger, Column, Executable, Index, Integer, LargeBinary, MetaData, Table, Text
 from sqlalchemy.dialects import postgresql, sqlite
 
-REVISIONS = ("0001", "0002")       # every schema version there ever was, oldest first; migrations/versions has one file for each
+REVISIONS = ("0001", "0002", "0003")   # every schema version there ever was, oldest first; a file for each is in migrations/
 CURRENT = REVISIONS[-1]
 
 Number = BigInteger().with_variant(Integer(), "sqlite")     # STRICT knows INTEGER, not BIGINT; both hold 64 bits
@@ -125,8 +125,11 @@ outcome = _table(
 )
 
 # Message-IDs of sealed mail as others see them, found by a keyed hash of the inner one.
-outer_id = _table("outer_id", _key("inner_mark", LargeBinary), _text("outer_id"), _number("at_ms"),
-                  Index("outer_id_at", "at_ms"))
+outer_id = _table(
+    "outer_id", _key("inner_mark", LargeBinary), _text("outer_id"), _number("at_ms"),
+    Column("participants", LargeBinary),    # marks of all whom it was from or for, in a row; NULL: not opened here, or not proven
+    Index("outer_id_at", "at_ms"),
+)
 
 
 class Statement:

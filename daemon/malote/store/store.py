@@ -22,6 +22,7 @@ from malote.store.records import (
     Attempt,
     CardRecord,
     FolderState,
+    KnownMessage,
     Level,
     LockedIdentity,
     Outcome,
@@ -30,6 +31,8 @@ from malote.store.records import (
     SendIntent,
     SendPlan,
     Stored,
+    participant_mark,
+    split_marks,
 )
 from malote.store.schema import CURRENT
 from malote.store.writer import Commits, Writer
@@ -270,15 +273,23 @@ class Store:
         if not self._held.forget(plan):
             self._writer.later(lambda db: outbox.forget_send(db, plan))
 
-    def remember_outer_id(self, inner_id: str, outer_id: str, now_ms: int) -> None:
-        """The Message-ID of a sealed message, as others see it. Not waited for."""
-        mark = self._outer_mark(inner_id)
-        self._writer.later(lambda db: accounts.remember_outer_id(db, mark, outer_id, now_ms))
+    def remember_outer_id(self, inner_id: str, outer_id: str, now_ms: int, participants: Iterable[str] | None = None) -> None:
+        """A sealed message was sent or opened here: its Message-ID as others see it, and, of one that was opened and proven, whom
+        it was from and for. Not waited for."""
+        mark, key = self._outer_mark(inner_id), self._key("outer")
+        marks = None
+        if participants is not None:
+            marks = b"".join(sorted(participant_mark(key, inner_id, address) for address in participants))
+        self._writer.later(lambda db: accounts.remember_message(db, mark, outer_id, marks, now_ms))
 
-    async def outer_ids(self, inner_ids: Iterable[str]) -> dict[str, str]:
-        """Inner Message-ID to outer, where known."""
+    async def known_messages(self, inner_ids: Iterable[str]) -> dict[str, KnownMessage]:
+        """Those of these Message-IDs that sealed messages had that were sent or opened here."""
         marks = {inner_id: self._outer_mark(inner_id) for inner_id in inner_ids}
-        return await self._writer.read(lambda db: accounts.outer_ids(db, marks)) if marks else {}
+        if not marks:
+            return {}
+        found = await self._writer.read(lambda db: accounts.known_messages(db, marks))
+        return {inner_id: KnownMessage(outer_id, inner_id, split_marks(participants), self._key("outer"))
+                for inner_id, (outer_id, participants) in found.items()}
 
     # ---- incoming --------------------------------------------------------------------------------------------------------
 
