@@ -43,8 +43,8 @@ def limited(server: RunningServer, **limits: Any) -> None:
 # ---- networks
 
 @pytest.mark.parametrize(("peer", "inside"), [
-    ("10.1.2.3", True), ("11.0.0.1", False), ("192.0.2.7", True), ("192.0.2.8", False), ("2001:db8::1", True), ("2001:db9::1", False),
-    ("::ffff:10.1.2.3", True), ("fe80::1%eth0", False), ("unix", False), ("unknown", False), ("", False),
+    ("10.1.2.3", True), ("11.0.0.1", False), ("192.0.2.7", True), ("192.0.2.8", False), ("2001:db8::1", True),
+    ("2001:db9::1", False), ("::ffff:10.1.2.3", True), ("fe80::1%eth0", False), ("unix", False), ("unknown", False), ("", False),
 ])
 def test_networks(peer: str, inside: bool) -> None:
     assert (peer in Networks(["10.0.0.0/8", "192.0.2.7", "2001:db8::/32"])) is inside
@@ -84,8 +84,9 @@ def test_arrangements_that_let_anybody_send_or_have_no_effect(listener: dict[str
 
 
 def test_a_network_of_ones_own_may_send_without_a_login() -> None:
-    table = {"outgoing": {"upstream": {"host": "h"}, "listeners": [
-        {"host": "0.0.0.0", "auth": "none", "networks": ["10.0.0.0/8"], "tls": "tls", "certificate": "/c", "certificate_key": "/k"}]}}
+    listener = {"host": "0.0.0.0", "auth": "none", "networks": ["10.0.0.0/8"], "tls": "tls",
+                "certificate": "/c", "certificate_key": "/k"}
+    table = {"outgoing": {"upstream": {"host": "h"}, "listeners": [listener]}}
     assert config_faults(parse_config(table, source="x")) == []
 
 
@@ -105,7 +106,8 @@ def test_a_rate_gives_a_minutes_worth_at_once_and_then_as_time_passes() -> None:
     assert rate.take("a", 110.0)
     assert not rate.take("a", 110.0)
     assert [rate.take("a", 1000.0) for _ in range(7)] == [True] * 6 + [False]
-    assert Rate(0).take("a", 0) and all(rate.take("", 0) for _ in range(20))
+    assert Rate(0).take("a", 0)
+    assert all(rate.take("", 0) for _ in range(20))
 
 
 @given(st.integers(1, 50), st.lists(st.floats(0, 20), min_size=1, max_size=200))
