@@ -133,11 +133,11 @@ class RunningServer:
 @contextlib.asynccontextmanager
 async def serving(
     desk: Any, settings: ServerSettings = SETTINGS, *, connections: int = 100, budget: int = 512 << 20,
-    config: ListenerConfig | None = None, **changes: Any,
+    config: ListenerConfig | None = None, lmtp: bool = False, **changes: Any,
 ) -> AsyncIterator[RunningServer]:
     """A listener on a free port with that desk; `changes` are fields of ServerSettings."""
     registry, memory = Connections(connections), MemoryBudget(budget)
-    listener = Listener(replace(settings, **changes), desk, registry, memory)
+    listener = Listener(replace(settings, **changes), desk, registry, memory, lmtp)
     await listener.open(config or ListenerConfig.model_construct(host=HOST, port=0, socket=None))
     port = listener.addresses[0][1] if listener.addresses else 0
     try:

@@ -15,6 +15,7 @@ from malote.smtp.budget import MemoryBudget
 from malote.smtp.conversation import ServerSettings
 from malote.smtp.desk import Desk
 from malote.smtp.gate import Gate
+from malote.smtp.lmtp import LmtpServer
 from malote.smtp.networks import Networks
 from malote.smtp.open_connections import Connections
 from malote.smtp.server import SubmissionServer
@@ -29,6 +30,7 @@ class Listener:
     desk: Desk
     connections: Connections
     budget: MemoryBudget
+    lmtp: bool = False
     _server: asyncio.Server | Acceptor | Gate | None = None
     _path: Path | None = None
 
@@ -38,7 +40,8 @@ class Listener:
         `sockets` listen on it already, and other processes may accept from them too; they are closed with the listener.
         """
         loop = asyncio.get_running_loop()
-        factory: Callable[..., SubmissionServer] = lambda origin=None: SubmissionServer(  # noqa: E731
+        server = LmtpServer if self.lmtp else SubmissionServer
+        factory: Callable[..., SubmissionServer] = lambda origin=None: server(  # noqa: E731
             self.settings, self.desk, self.connections, self.budget, origin)
         if needs_gate(self.settings):
             self._path = None if sockets else config.socket

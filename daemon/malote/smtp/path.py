@@ -27,9 +27,14 @@ MAX_PATH = 512          # RFC 5321 4.5.3.1.3 says 256; half as much again in UTF
 MAX_ENVID = 100         # RFC 3461 4.4
 MAX_ORCPT = 500         # RFC 3461 4.2
 
+# Between gateways of ours: how many have asked the next one about a message without content yet. Each waits for the next one's
+# answer to RCPT, so gateways that forward to each other must notice it before Received lines can tell them.
+HOPS = "XMALOTE-HOPS"
+
 # Which extension a parameter belongs to; "" is always there.
 MAIL_PARAMETERS: Mapping[str, str] = {
     "SIZE": "", "AUTH": "", "BODY": "8BITMIME", "SMTPUTF8": "SMTPUTF8", "RET": "DSN", "ENVID": "DSN", "REQUIRETLS": "REQUIRETLS",
+    HOPS: HOPS,
 }
 RCPT_PARAMETERS: Mapping[str, str] = {"NOTIFY": "DSN", "ORCPT": "DSN"}
 
@@ -90,6 +95,9 @@ def check_mail_parameters(address: str, parameters: Mapping[str, str | bool], of
         raise PathRefused(Reply(501, "5.5.4", "SMTPUTF8 and REQUIRETLS take no value"))
     if str(parameters.get("RET", "FULL")).upper() not in ("FULL", "HDRS"):
         raise PathRefused(Reply(501, "5.5.4", "RET can be FULL or HDRS"))
+    hops = parameters.get(HOPS, "0")
+    if not isinstance(hops, str) or not (hops.isascii() and hops.isdigit() and len(hops) <= 3):
+        raise PathRefused(Reply(501, "5.5.4", f"{HOPS} needs a number"))
     envid = parameters.get("ENVID", "x")
     if not isinstance(envid, str) or len(envid) > MAX_ENVID or not _XTEXT.fullmatch(envid):
         raise PathRefused(Reply(501, "5.5.4", "ENVID needs at most 100 characters of xtext"))

@@ -18,7 +18,7 @@ from malote.smtp.auth import MAX_AUTH_FAILURES, AuthFault, decode_answer, parse_
 from malote.smtp.conversation import INTERNAL, ServerSettings
 from malote.smtp.forwarded import XCLIENT, XFORWARD
 from malote.smtp.message_commands import NO_HELO, MessageCommands
-from malote.smtp.path import PathRefused
+from malote.smtp.path import HOPS, PathRefused
 from malote.smtp.peer_commands import PeerCommands
 from malote.smtp.wire import ClientGone, LineFault, Phase
 
@@ -40,7 +40,7 @@ class SubmissionServer(MessageCommands, PeerCommands, SMTP):  # type: ignore[mis
         await self._greet(hostname, esmtp=True)
         offer = self._offer = await self._ask(self._desk.offer(self.client))
         lines = [self._settings.hostname, "PIPELINING", f"SIZE {self._size_limit}", "ENHANCEDSTATUSCODES", "CHUNKING"]
-        lines += [name for name in ("8BITMIME", "SMTPUTF8", "DSN", "REQUIRETLS") if name in self._extensions]
+        lines += [name for name in ("8BITMIME", "SMTPUTF8", "DSN", "REQUIRETLS", HOPS) if name in self._extensions]
         if self._settings.tls_context is not None and not self.client.tls:
             lines.append("STARTTLS")
         if self._may_speak_for_others:
