@@ -16,7 +16,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any, Self
 
@@ -47,7 +47,7 @@ DEFAULT_LIMITS = LimitsConfig()
 LIMITS = FreshnessLimits(late_ms=7 * 86_400_000, skew_ms=600_000)
 
 
-@lru_cache
+@cache
 def person(address: str) -> Identity:
     """The same keys for the same address throughout one run."""
     return new_identity(address, SignatureAlgorithm.ED25519, NOW_MS - 86_400_000)

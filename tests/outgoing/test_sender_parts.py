@@ -105,8 +105,15 @@ def test_a_person_is_told_who_got_it_and_who_did_not() -> None:
 
 def test_a_relay_notifies_and_never_the_null_sender() -> None:
     assert decide_answer(outcomes(OK, GONE), relay=True, can_notify=True) == Answer(
-        Reply(250, "2.0.0", "Accepted for 1 recipients, the sender is notified of 1 refused"), ("r2@b.example",))
+        Reply(250, "2.0.0", "Accepted for 1 recipients, the sender is notified of 1 refused"),
+        notify=("r2@b.example",), settled=("r2@b.example",))
     assert decide_answer(outcomes(OK, GONE), relay=True, can_notify=False).reply.code == 554
+
+
+def test_who_wants_no_notification_gets_none_and_the_reply_says_so() -> None:
+    answer = decide_answer(outcomes(OK, GONE, GONE), relay=True, can_notify=True, silent=frozenset({"r2@b.example"}))
+    assert answer.reply.text == "Accepted for 1 recipients, the sender is notified of 1 refused and did not want to be of 1"
+    assert (answer.notify, answer.settled) == (("r3@b.example",), ("r2@b.example", "r3@b.example"))
 
 
 def test_a_reply_about_many_recipients_stays_one_that_clients_show() -> None:
@@ -133,7 +140,7 @@ def test_a_notice_is_a_report_with_outer_headers_and_nothing_of_the_message() ->
         [Refused("no@b.example", Reply(550, "5.1.1", "no\nsuch user"), "rfc822;No+2B1@b.example"),
          Refused("jos\u00e9@b.example", Reply(552, "", "full"))],
         sender="alice@a.example", host="gw.example", outer_headers=b"From: alice@a.example\r\nSubject: [...]\r\n",
-        envelope_id="QQ+3D1", token="ab" * 16, now_ms=1_795_392_000_000)
+        envelope_id="QQ+3D1", token="ab" * 16, arrived_ms=1_795_392_000_000, now_ms=1_795_392_000_000)
     assert raw.isascii()
     message = email.message_from_bytes(raw, policy=email.policy.default)
     assert message.get_content_type() == "multipart/report"
@@ -145,7 +152,7 @@ def test_a_notice_is_a_report_with_outer_headers_and_nothing_of_the_message() ->
     assert whole["Reporting-MTA"] == "dns; gw.example"
     assert whole["Original-Envelope-Id"] == "QQ=1"
     assert first["Final-Recipient"] == "rfc822; no@b.example"
-    assert first["Original-Recipient"] == "rfc822;No+1@b.example"
+    assert first["Original-Recipient"] == "rfc822; No+1@b.example"
     assert (first["Action"], first["Status"]) == ("failed", "5.1.1")
     assert first["Diagnostic-Code"] == "smtp; 550 5.1.1 no such user"
     assert second["Final-Recipient"] == "utf-8; jos\\x{E9}@b.example"

@@ -97,8 +97,8 @@ class Journal(RuleBasedStateMachine):
                 del submission.parts[row.address]
             elif outcome is Outcome.UNSENT and last:
                 part.state = row.state
-            elif outcome in (Outcome.ACCEPTED, Outcome.REFUSED) and part.state is not SendState.ACCEPTED:
-                part.state = SendState.ACCEPTED if outcome is Outcome.ACCEPTED else SendState.REFUSED
+            elif outcome in (Outcome.ACCEPTED, Outcome.REFUSED, Outcome.SETTLED) and part.state is not SendState.ACCEPTED:
+                part.state = SendState.REFUSED if outcome is Outcome.REFUSED else SendState.ACCEPTED
         self.note_accepted(plan, outcome)
         if not submission.parts:
             del self.model[content]

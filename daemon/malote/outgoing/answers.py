@@ -38,6 +38,7 @@ class Outcome:
 class Answer:
     reply: Reply
     notify: tuple[str, ...] = ()    # recipients whose refusal must reach the sender by mail before the reply may be given
+    settled: tuple[str, ...] = ()   # refused recipients for whom nothing is left to do once that was sent: a retry skips them
 
 
 def outcome_of(reply: Reply) -> Outcome:
@@ -46,8 +47,10 @@ def outcome_of(reply: Reply) -> Outcome:
     return Outcome(State.ACCEPTED if kind == 2 else State.REFUSED if kind == 5 else State.DEFERRED, reply)
 
 
-def decide_answer(outcomes: Mapping[str, Outcome], *, relay: bool, can_notify: bool) -> Answer:
-    """`relay`: notify instead of naming in 554. `can_notify`: there is a sender to write to (not the null sender)."""
+def decide_answer(outcomes: Mapping[str, Outcome], *, relay: bool, can_notify: bool,
+                  silent: frozenset[str] = frozenset()) -> Answer:
+    """`relay`: notify instead of naming in 554. `can_notify`: there is a sender to write to (not the null sender), and the
+    message is no answer of a program. `silent`: recipients about whom the sender wants no notification (RFC 3461, NOTIFY)."""
     by_state: dict[State, list[str]] = {state: [] for state in State}
     for address, outcome in outcomes.items():
         by_state[outcome.state].append(address)
@@ -60,8 +63,11 @@ def decide_answer(outcomes: Mapping[str, Outcome], *, relay: bool, can_notify: b
     if not accepted:
         return Answer(_common(outcomes.values()) or _refused(outcomes, refused, "Refused for all recipients"))
     if relay and can_notify:
-        text = f"Accepted for {len(accepted)} recipients, the sender is notified of {len(refused)} refused"
-        return Answer(Reply(250, "2.0.0", text), tuple(refused))
+        told = tuple(address for address in refused if address not in silent)
+        text = f"Accepted for {len(accepted)} recipients, the sender is notified of {len(told)} refused"
+        if len(told) < len(refused):
+            text += f" and did not want to be of {len(refused) - len(told)}"
+        return Answer(Reply(250, "2.0.0", text), told, settled=tuple(refused))
     sent = f"Sent to {_names(accepted)}"
     return Answer(_refused(outcomes, refused, f"{sent}\nNOT sent to {_names(refused)}; do not send again to the first"))
 

@@ -35,7 +35,7 @@ from malote.core.policy import (
     named,
     refusal_of,
 )
-from malote.core.primitives import hmac_sha256, random_bytes
+from malote.core.primitives import hmac_sha256
 from malote.errors import (
     ClockWrong,
     FormatError,
@@ -47,20 +47,17 @@ from malote.errors import (
     SenderRefused,
     StoreUnavailable,
     TooBusy,
-    UpstreamError,
 )
-from malote.outgoing.answers import Outcome, State, decide_answer, printable
-from malote.outgoing.copies import Letter, make_outer, received_line
+from malote.outgoing.answers import Answer, Outcome, State, decide_answer, printable
+from malote.outgoing.copies import Letter, received_line
 from malote.outgoing.delivery import INLINE_BYTES, LOCAL, TOO_LATE, Delivery
 from malote.outgoing.directory import CardFinder
-from malote.outgoing.envelope import mail_params
 from malote.outgoing.groups import Group, Kind, Member, group_members
 from malote.outgoing.identities import Submitter, check_own, decide_signer
 from malote.outgoing.inflight import InFlight, Turn
-from malote.outgoing.notice import Refused, make_notice
+from malote.outgoing.notify import may_notify, notify_sender, wants_notice
 from malote.outgoing.transaction import Recipient, Transaction
 from malote.smtp.desk import ClientSession, Params
-from malote.smtp.lanes import Lane
 from malote.store.records import KnownMessage, OutcomeEntry, SendIntent, SendPlan, SendRecipient, SendRow, SendState
 from malote.store.records import Outcome as Written
 from malote.store.store import Store
@@ -308,12 +305,22 @@ class Submissions:
             await self._finish(plan, delivery, turn, wait=not done)
         if delivery.outer_ids:
             self._store.remember_outer_id(letter.message_id, delivery.outer_ids[0], self.clock_ms())
-        answer = decide_answer(outcomes, relay=self.config.partial_failure == "relay", can_notify=bool(tx.sender))
-        notify = [address for address in answer.notify if _wants_notice(letter.recipients[address].params)]
-        if notify and not await self._notify(notify, outcomes, delivery, tx):
+        relay = not done and self.config.partial_failure == "relay"
+        silent = frozenset(each.address for each in letter.recipients.values() if relay and not wants_notice(each.params))
+        answer = decide_answer(outcomes, relay=relay, can_notify=relay and may_notify(tx.sender, letter), silent=silent)
+        if answer.notify and not await notify_sender(answer.notify, outcomes, delivery, tx, host=self._host,
+                                                     remote=self.config.upstream.host, now_ms=self.clock_ms()):
             return Finished(_NOT_NOTIFIED)
+        if answer.settled:
+            await self._settle(answer, outcomes, plan, turn)
         reply = _split_reply(letter, answer.reply) if line.outcome == "split" else answer.reply
         return Finished(reply, plan if reply.code // 100 == 2 else None)
+
+    async def _settle(self, answer: Answer, outcomes: Mapping[str, Outcome], plan: SendPlan, turn: Turn) -> None:
+        """The sender has been told of these refusals: a client that comes again, as it did not get our 250, causes nothing."""
+        turn.accepted.update((address, _BEFORE) for address in answer.settled)
+        written = {address: (Written.SETTLED, str(outcomes[address].reply)[:500]) for address in answer.settled}
+        await self._write(plan, written)
 
     def _groups(self, letter: Letter, shown: frozenset[str], before: Mapping[str, Outcome]) -> tuple[Group, ...]:
         members = [
@@ -333,30 +340,16 @@ class Submissions:
         if own is not None:
             shared = [outcomes[address] for address in group.addresses] if group is not None else []
             outcomes[own.address] = min(shared, key=lambda each: _SELF_ORDER.index(each[0]), default=(Written.UNSENT, ""))
-        now_ms = self.clock_ms()
-        if not wait:
-            self._store.finish_send_later(plan, outcomes, now_ms)
-            return
+        if wait:
+            await self._write(plan, outcomes)
+        else:
+            self._store.finish_send_later(plan, outcomes, self.clock_ms())
+
+    async def _write(self, plan: SendPlan, outcomes: Mapping[str, tuple[Written, str]]) -> None:
         try:
-            await self._store.finish_send(plan, outcomes, now_ms)
+            await self._store.finish_send(plan, outcomes, self.clock_ms())
         except StoreUnavailable as error:
             log.warning("outcome not written down", id=plan.submission_id.hex(), error=type(error).__name__)
-
-    async def _notify(self, refused: Sequence[str], outcomes: Mapping[str, Outcome], delivery: Delivery, tx: Transaction) -> bool:
-        """Send the notification to the sender. False: it was not accepted (whatever the reason)."""
-        await tx.end()
-        letter, lane = delivery.letter, tx.lane
-        items = [Refused(address, outcomes[address].reply, str(letter.recipients[address].params.get("ORCPT", "")))
-                 for address in refused]
-        notice = make_notice(
-            items, sender=tx.sender, host=self._host, outer_headers=make_outer(letter).raw,
-            envelope_id=str(tx.params.get("ENVID", "")), token=random_bytes(16).hex(), now_ms=self.clock_ms())
-        try:
-            async with asyncio.timeout_at(delivery.deadline):
-                return await _send_notice(lane, tx.sender, notice)
-        except (UpstreamError, TimeoutError) as error:
-            log.warning("notification not sent", id=letter.submission_id.hex(), error=type(error).__name__)
-            return False
 
     # tell
 
@@ -436,24 +429,6 @@ def _with_own_blob(groups: Sequence[Group], letter: Letter) -> Group | None:
     own = letter.to_self
     return next((group for group in groups if own is not None and group.kind in (Kind.VISIBLE, Kind.LIST)
                  and letter.rows[group.addresses[0]].stream == own.stream), None)
-
-
-def _wants_notice(params: Params) -> bool:
-    """RFC 3461 4.1: without NOTIFY, failures are reported."""
-    notify = params.get("NOTIFY")
-    return notify is None or "FAILURE" in str(notify).upper()
-
-
-async def _send_notice(lane: Lane, sender: str, notice: bytes) -> bool:
-    params = mail_params({}, sealed=False, size=len(notice), addresses=[sender], utf8_header=not notice.isascii(),
-                         extensions=lane.extensions)
-    connection, reply = await lane.begin("", params)
-    try:
-        if reply.code // 100 != 2 or (await connection.rcpt(sender, {})).code // 100 != 2:
-            return False
-        return (await connection.data(notice))[0].code // 100 == 2
-    finally:
-        await lane.release(connection)
 
 
 __all__ = ["LOCAL", "Finished", "SendRow", "Submissions"]

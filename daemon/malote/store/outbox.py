@@ -161,15 +161,15 @@ def _finish_plain(db: Db, plan: SendPlan, outcomes: Mapping[str, tuple[Outcome, 
     db.many(_ACCEPT_PLAIN, [{
         "key": plan.key, "recipient": address, "state": int(SendState.ACCEPTED), "attempt": 1, "reply": reply,
         "submission_id": plan.submission_id, "first_at_ms": plan.first_at_ms, "changed_at_ms": now_ms,
-    } for address, (outcome, reply) in outcomes.items() if outcome is Outcome.ACCEPTED])
+    } for address, (outcome, reply) in outcomes.items() if outcome in (Outcome.ACCEPTED, Outcome.SETTLED)])
 
 
 def finish_send(db: Db, plan: SendPlan, outcomes: Mapping[str, tuple[Outcome, str]], now_ms: int) -> None:
     """Write down what became of each part; recipients not in `outcomes` stay in doubt.
 
-    ACCEPTED is final. UNSENT takes back what `begin_send` wrote, unless another attempt began since: a part in doubt since an
-    earlier attempt stays in doubt, a new one is gone and its number burnt (the next `prev` skips it, so the receiver misses
-    nothing).
+    ACCEPTED is final, and so is SETTLED, which leaves the numbering alone: the receiver never got it. UNSENT takes back what
+    `begin_send` wrote, unless another attempt began since: a part in doubt since an earlier attempt stays in doubt, a new one is
+    gone and its number burnt (the next `prev` skips it, so the receiver misses nothing).
     """
     if not plan.journaled:
         _finish_plain(db, plan, outcomes, now_ms)
@@ -185,7 +185,7 @@ def finish_send(db: Db, plan: SendPlan, outcomes: Mapping[str, tuple[Outcome, st
         elif outcome is Outcome.UNSENT:
             undone.append(at | {"at_attempt": row.attempt, "state": int(row.state)})
         else:
-            state = SendState.ACCEPTED if outcome is Outcome.ACCEPTED else SendState.REFUSED
+            state = SendState.REFUSED if outcome is Outcome.REFUSED else SendState.ACCEPTED
             finished.append(at | {"state": int(state), "reply": reply, "changed_at_ms": now_ms})
         if outcome is Outcome.ACCEPTED and row.sealed:
             accepted.append({"at_stream": row.stream, "at_recipient": row.address, "accepted": row.serial})

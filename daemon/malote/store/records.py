@@ -64,7 +64,7 @@ class SendState(IntEnum):
 
     NEW = 0             # never tried (only in a plan, never stored)
     IN_DOUBT = 1        # may have been accepted: our final dot left, or was about to
-    ACCEPTED = 2        # the upstream's 250 was read
+    ACCEPTED = 2        # the upstream's 250 was read (or SETTLED below): nothing more to do
     REFUSED = 3         # the upstream refused it
 
 
@@ -73,6 +73,7 @@ class Outcome(StrEnum):
 
     ACCEPTED = "accepted"
     REFUSED = "refused"
+    SETTLED = "settled"     # refused for good, and the sender was told by mail: a retry neither sends nor tells again
     UNSENT = "unsent"       # nothing of this attempt can have been accepted: no final dot left
     IN_DOUBT = "in doubt"   # the final dot left and no reply came
 

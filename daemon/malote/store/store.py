@@ -249,7 +249,7 @@ class Store:
 
     async def finish_send(self, plan: SendPlan, outcomes: Mapping[str, tuple[Outcome, str]], now_ms: int) -> None:
         """Outcome and the upstream's reply for each recipient; those left out stay in doubt. Durable when this returns."""
-        if not plan.journaled and not any(outcome is Outcome.ACCEPTED for outcome, _ in outcomes.values()):
+        if not plan.journaled and not any(outcome in (Outcome.ACCEPTED, Outcome.SETTLED) for outcome, _ in outcomes.values()):
             return      # nothing that a retry would have to know
         await self._writer.write(lambda db: outbox.finish_send(db, plan, outcomes, now_ms))
 
