@@ -152,10 +152,12 @@ class Table:
                 continue        # only adds
             if index > self._first_open:
                 return None
+            direction = row.rule.direction
+            if direction != "any" and (direction == "outbound") == self._ours(recipient):
+                continue        # not of mail to him
             if not row.rule.on_sender:
-                if row.rule.direction == "any" or not self._ours(recipient):
-                    return row
-            elif row.lets_pass:
+                return row
+            if row.lets_pass:
                 return None
         return DEFAULT_ROW if self._first_open == len(self.rules) else None
 
