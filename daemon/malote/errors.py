@@ -148,6 +148,12 @@ class ClockWrong(MaloteError):
     default_reply = Reply(451, "4.3.0", "The clock of this server is wrong, nothing was sent, try again later")
 
 
+class SentElsewhere(MaloteError):
+    """Another process that shares the store is sending the very same message now."""
+
+    default_reply = Reply(451, "4.3.0", "The same message is being sent already, try again later")
+
+
 class SecretUnavailable(MaloteError):
     """A password file, credential or token command that gives nothing, or is open to others. It may be mended while we run."""
 

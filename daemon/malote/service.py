@@ -32,6 +32,7 @@ from malote.credentials import upstream_credentials
 from malote.errors import ConfigError, MaloteError, StoreUnavailable
 from malote.identities import Keyring
 from malote.logs import configure_logs, hook_uncaught
+from malote.membership import Membership
 from malote.notify import Manager, Systemd
 from malote.outgoing.inflight import InFlight
 from malote.outgoing.memory import return_large_blocks
@@ -119,18 +120,22 @@ class Service:
             self._budget.shared = self.post.siblings.memory(self.post.slot)
         self._connections = Connections(self.config.limits.connections)
         self._hear_signals()
+        membership = await self._join()
         try:
             await self._apply(self.config)
             self._say_ready()
             async with asyncio.TaskGroup() as tasks:
                 upkeep = [tasks.create_task(self._upkeep()), tasks.create_task(self._follow_keys()),
                           tasks.create_task(self._feed_watchdog()), tasks.create_task(self._hear_reloads())]
+                if membership is not None:
+                    upkeep += [tasks.create_task(membership.keep()), tasks.create_task(self._accounts.share()),
+                               tasks.create_task(membership.guard(self._accounts.let_go))]
                 await self._stop.wait()
                 for task in upkeep:
                     task.cancel()
         finally:
             self._manager.stopping()
-            await self._end()
+            await self._end(membership)
 
     @property
     def slot(self) -> int | None:
@@ -166,11 +171,26 @@ class Service:
         log.info("ready", listening=addresses, accounts=self._accounts.names, identities=len(self.keyring.identities))
         self._manager.ready(f"listening on {len(self._listeners)}, watching {len(self._accounts.names)}")
 
-    async def _end(self) -> None:
+    async def _join(self) -> Membership | None:
+        """None: nobody else can share the store."""
+        if self.post is None and not self.store.networked:
+            return None
+        owner, before = (self.post.owner, self.post.before) if self.post is not None else (os.urandom(16), b"")
+        membership = Membership(self.store, owner, before=before)
+        membership.accounts = len(self.config.accounts)
+        await membership.join()
+        self._accounts.share_with(membership, self.slot or 0)
+        return membership
+
+    async def _end(self, membership: Membership | None) -> None:
         """No new work, then what is under way is finished, then everything is closed."""
         for listener in self._listeners.values():
             listener.close()
+        keeping = asyncio.create_task(membership.keep()) if membership is not None else None
         cut_off, _ = await asyncio.gather(self._connections.drain(DRAIN_SECONDS), self._accounts.stop())
+        if membership is not None and keeping is not None:
+            keeping.cancel()
+            await membership.leave()
         if cut_off:
             log.warning("connections cut off at the end", count=cut_off)
         for build in (*self._retired, *([self._outgoing] if self._outgoing else [])):

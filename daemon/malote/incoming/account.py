@@ -89,9 +89,12 @@ def account_keys(identities: Iterable[Identity], addresses: Sequence[str]) -> Ac
     )
 
 
-def device_name(local_key: bytes) -> str:
-    """The name of this device in marks: from a key of its store, and from its host, in case the store was copied."""
-    return hmac_sha256(local_key, socket.gethostname().encode())[:8].hex()
+def device_name(local_key: bytes, worker: int = 0) -> str:
+    """The name of this device in marks: from a key of its store, and from its host, in case the store was copied.
+
+    Each worker is a device of its own: when one takes over from another it must not take the other's marks for its own.
+    """
+    return hmac_sha256(local_key, socket.gethostname().encode() + (b"\0%d" % worker if worker else b""))[:8].hex()
 
 
 def account_addresses(account: AccountConfig) -> tuple[str, ...]:

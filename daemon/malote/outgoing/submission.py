@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TypeVar
 
@@ -45,6 +45,7 @@ from malote.errors import (
     PolicyRefused,
     Reply,
     SenderRefused,
+    SentElsewhere,
     StoreUnavailable,
     TooBusy,
 )
@@ -65,6 +66,8 @@ from malote.store.store import Store
 log = structlog.get_logger("malote.outgoing")
 T = TypeVar("T")
 
+FIRST_WAIT_SECONDS = 0.05       # for another process that sends the same message, and how far this grows
+MOST_WAIT_SECONDS = 1.0
 WORKERS = 2             # threads that seal large messages: more would only wait for each other's GIL
 
 _WRITTEN = {
@@ -185,9 +188,13 @@ class Submissions:
         key = (submitter.login, prepared.from_address, digest)
         turn = self._inflight.take(key) or await self._wait_for_turn(key, tx, deadline)
         try:
-            plan = await self._begin(submitter, prepared, identity, digest, recipients)
+            plan = await self._begin(submitter, prepared, identity, digest, recipients, tx, deadline)
             line.id = plan.submission_id.hex()
-            letter = await self._letter(session, prepared, identity, recipients, plan, known)
+            try:
+                letter = await self._letter(session, prepared, identity, recipients, plan, known)
+            except BaseException:
+                self._store.let_go(plan)
+                raise
             shown = prepared.to_cc
             del prepared
             content.clear()
@@ -253,7 +260,7 @@ class Submissions:
     # write down
 
     async def _begin(self, submitter: Submitter, prepared: Prepared, identity: Identity | None, digest: bytes,
-                     recipients: Mapping[str, Recipient]) -> SendPlan:
+                     recipients: Mapping[str, Recipient], tx: Transaction, deadline: float) -> SendPlan:
         from_address = prepared.from_address
         wanted = [SendRecipient(each.address, each.action is Action.SEAL) for each in recipients.values()]
         if self._blob_to_self(identity, from_address, recipients):
@@ -265,7 +272,20 @@ class Submissions:
             plan = self._store.begin_plain(intent)
             if plan is not None:
                 return plan
-        return await self._store.begin_send(intent)
+        return await self._begin_alone(intent, tx, deadline)
+
+    async def _begin_alone(self, intent: SendIntent, tx: Transaction, deadline: float) -> SendPlan:
+        """Wait, as for `InFlight`, until no other process that shares the store sends the same."""
+        wait = FIRST_WAIT_SECONDS
+        while True:
+            try:
+                return await self._store.begin_send(replace(intent, now_ms=self.clock_ms()))
+            except SentElsewhere:
+                await tx.end()
+                if asyncio.get_running_loop().time() + wait > deadline:
+                    raise
+            await asyncio.sleep(wait)
+            wait = min(wait * 1.5, MOST_WAIT_SECONDS)
 
     def _blob_to_self(self, identity: Identity | None, from_address: str, recipients: Mapping[str, Recipient]) -> bool:
         return self.config.seal_to_self and identity is not None and from_address not in recipients

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sqlite3
 import stat
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -52,6 +53,10 @@ class Db(ABC):
         """Execute once for each; the one row that each gives back, or None."""
 
     @abstractmethod
+    def now_ms(self) -> int:
+        """The time by which all who share the database go."""
+
+    @abstractmethod
     def lock(self, name: str) -> None:
         """Until the end of the transaction no other one has the lock of that name."""
 
@@ -83,6 +88,9 @@ class SqliteDb(Db):
     def each(self, statement: Statement, values: Sequence[dict[str, Any]]) -> list[Row | None]:
         rows = [self._execute(statement, one).fetchall() for one in values]
         return [found[0] if found else None for found in rows]
+
+    def now_ms(self) -> int:
+        return time.time_ns() // 1_000_000      # all who use the file are on this machine
 
     def lock(self, name: str) -> None:
         """Nothing to do: BEGIN IMMEDIATE."""

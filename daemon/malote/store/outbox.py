@@ -12,10 +12,11 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
-from sqlalchemy import and_, bindparam, case, delete, select, tuple_, update
+from sqlalchemy import and_, bindparam, case, delete, null, select, tuple_, update
 from sqlalchemy.dialects.postgresql import insert
 
 from malote.errors import ClockWrong
+from malote.store import members
 from malote.store.database import Contended, Db, Row
 from malote.store.records import Outcome, SendIntent, SendPlan, SendRecipient, SendRow, SendState
 from malote.store.schema import Statement, device, journal, serial
@@ -23,14 +24,20 @@ from malote.store.schema import Statement, device, journal, serial
 DAY_MS = 86_400_000
 BUILD_DATE_MS = 1_795_392_000_000   # 2026-11-23: a clock before the time this was written is wrong; raised at each release
 
+IN_FLIGHT_MS = 15 * 60_000  # nothing is in flight for longer than that, whatever its owner says or could not write down
+PROOF_MS = 2_000            # how long the owner of what was answered may take to write down that the client has read that
+
 _FIND = Statement(select(
     journal.c.recipient, journal.c.state, journal.c.submission_id, journal.c.first_at_ms,
-    journal.c.stream, journal.c.serial, journal.c.prev, journal.c.reply, journal.c.attempt,
+    journal.c.stream, journal.c.serial, journal.c.prev, journal.c.reply, journal.c.attempt, journal.c.owner,
+    journal.c.changed_at_ms,
 ).where(journal.c.key == bindparam("key")).with_for_update())     # on PostgreSQL, whoever else has an outcome of them waits
 _WRITE = Statement(insert(journal).values({column: bindparam(column) for column in (
     "key", "recipient", "state", "attempt", "submission_id", "first_at_ms", "changed_at_ms", "stream", "serial", "prev",
+    "owner",
 )}).on_conflict_do_update(index_elements=["key", "recipient"], set_={
-    "state": bindparam("state"), "changed_at_ms": bindparam("changed_at_ms"), "stream": bindparam("stream"),
+    "owner": bindparam("owner"), "state": bindparam("state"), "changed_at_ms": bindparam("changed_at_ms"),
+    "stream": bindparam("stream"),
     "serial": bindparam("serial"), "prev": bindparam("prev"), "attempt": bindparam("attempt"),
     # not what another process wrote since we looked: SQLite has one writer at a time, PostgreSQL several
 }, where=journal.c.attempt == bindparam("attempt") - 1).returning(journal.c.attempt))
@@ -48,7 +55,8 @@ _OUR_ATTEMPT = and_(_OUR_ROW, journal.c.attempt == bindparam("at_attempt"), jour
 _FINISH = Statement(update(journal).where(_OUR_ROW, journal.c.state != int(SendState.ACCEPTED)).values(
     state=bindparam("state"), reply=bindparam("reply"), changed_at_ms=bindparam("changed_at_ms")))
 _UNDO_FIRST = Statement(delete(journal).where(_OUR_ATTEMPT))
-_UNDO = Statement(update(journal).where(_OUR_ATTEMPT).values(state=bindparam("state")))
+_UNDO = Statement(update(journal).where(_OUR_ATTEMPT).values(state=bindparam("state"), owner=null()))
+_LET_GO = Statement(update(journal).where(_OUR_ATTEMPT).values(owner=null()))
 _FORGET = Statement(delete(journal).where(_OUR_ROW, journal.c.state != int(SendState.IN_DOUBT)))
 _TOUCH = Statement(update(journal).where(journal.c.key == bindparam("at_key")).values(changed_at_ms=bindparam("now_ms")))
 _EXPIRE = Statement(delete(journal).where(tuple_(journal.c.key, journal.c.recipient).in_(
@@ -80,12 +88,17 @@ def journal_key(intent: SendIntent) -> bytes:
     return digest.digest()
 
 
-def begin_send(db: Db, intent: SendIntent) -> SendPlan:
-    """Numbers for every recipient that was not accepted before, and their rows "in doubt". Raises `ClockWrong`."""
+def begin_send(db: Db, intent: SendIntent, owner: bytes = b"") -> SendPlan | None:
+    """Numbers for every recipient that was not accepted before, and their rows "in doubt". Raises `ClockWrong`.
+
+    `owner`: this process, where others share the store; None then says that one of them is sending the same message now.
+    """
     key = journal_key(intent)
     if intent.now_ms < BUILD_DATE_MS:
         raise ClockWrong("the clock of this machine is before this version was made")
     known: dict[str, Row] = {row[0]: row for row in db.rows(_FIND, {"key": key})}
+    if owner and members.any_alive(db, _at_it(known.values(), owner, intent.now_ms)):
+        return None
     submission_id, first_at_ms = os.urandom(16), intent.now_ms
     if known:
         _, _, submission_id, first_at_ms, *_ = min(known.values(), key=lambda row: (row[3], row[2]))
@@ -99,11 +112,17 @@ def begin_send(db: Db, intent: SendIntent) -> SendPlan:
     pending = [{
         "key": key, "recipient": row.address, "state": int(SendState.IN_DOUBT), "attempt": row.attempt,
         "submission_id": submission_id, "first_at_ms": first_at_ms, "changed_at_ms": intent.now_ms,
-        "stream": row.stream or None, "serial": row.serial, "prev": row.prev,
+        "stream": row.stream or None, "serial": row.serial, "prev": row.prev, "owner": owner or None,
     } for row in rows if row.state is not SendState.ACCEPTED]
     if not all(db.each(_WRITE, pending)):
         raise Contended("the same message is being sent by another process")
-    return SendPlan(key, submission_id, first_at_ms, sent_at_ms, tuple(rows))
+    return SendPlan(key, submission_id, first_at_ms, sent_at_ms, tuple(rows), shared=bool(owner))
+
+
+def _at_it(rows: Iterable[Row], owner: bytes, now_ms: int) -> set[bytes]:
+    """The others that, if they are alive, are sending it, or have just answered and not yet heard whether that was read."""
+    return {row[9] for row in rows if row[9] is not None and row[9] != owner
+            and now_ms - row[10] < (IN_FLIGHT_MS if row[1] == SendState.IN_DOUBT else PROOF_MS)}
 
 
 def _stamp(db: Db, intent: SendIntent) -> tuple[bytes, int]:
@@ -127,7 +146,7 @@ def _plan_rows(db: Db, recipients: Iterable[SendRecipient], known: Mapping[str, 
         address = recipient.address
         state, reply, attempt = SendState.NEW, "", 1
         if (row := known.get(address)) is not None:
-            _, number, _, _, old_stream, old_serial, old_prev, reply, attempt = row
+            _, number, _, _, old_stream, old_serial, old_prev, reply, attempt, *_ = row
             state, attempt = SendState(number), attempt + 1
             if state is SendState.ACCEPTED or (recipient.sealed and old_stream is not None):
                 # the same numbers again: at the receiver the two are one message, whichever of them arrived
@@ -174,12 +193,13 @@ def finish_send(db: Db, plan: SendPlan, outcomes: Mapping[str, tuple[Outcome, st
     if not plan.journaled:
         _finish_plain(db, plan, outcomes, now_ms)
         return
-    finished, undone, gone, accepted = [], [], [], []
+    finished, undone, gone, accepted, doubtful = [], [], [], [], []
     for row in plan.rows:
         outcome, reply = outcomes.get(row.address, (Outcome.IN_DOUBT, ""))
-        if row.state is SendState.ACCEPTED or outcome is Outcome.IN_DOUBT:
-            continue
         at = {"at_key": plan.key, "at_recipient": row.address, "at_submission": plan.submission_id}
+        if row.state is SendState.ACCEPTED or outcome is Outcome.IN_DOUBT:
+            doubtful.append(at | {"at_attempt": row.attempt})
+            continue
         if outcome is Outcome.UNSENT and row.state is SendState.NEW:
             gone.append(at | {"at_attempt": row.attempt})
         elif outcome is Outcome.UNSENT:
@@ -193,6 +213,8 @@ def finish_send(db: Db, plan: SendPlan, outcomes: Mapping[str, tuple[Outcome, st
     db.many(_UNDO, undone)
     db.many(_UNDO_FIRST, gone)
     db.many(_ACCEPTED, accepted)
+    if plan.shared:
+        db.many(_LET_GO, doubtful)
 
 
 def forget_send(db: Db, plan: SendPlan) -> None:

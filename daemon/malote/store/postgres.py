@@ -149,6 +149,9 @@ class PostgresDb(Db):
     def each(self, statement: Statement, values: Sequence[dict[str, Any]]) -> list[Row | None]:
         return [self.row(statement, one) for one in values]
 
+    def now_ms(self) -> int:
+        return int(await_only(self._connection.fetchval("SELECT (extract(epoch FROM clock_timestamp()) * 1000)::bigint")))
+
     def lock(self, name: str) -> None:
         await_only(self._connection.execute("SELECT pg_advisory_xact_lock($1::int, hashtext($2))", LOCKS, name))
 

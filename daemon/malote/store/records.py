@@ -123,6 +123,7 @@ class SendPlan:
     sent_at_ms: int         # the signed time of this attempt
     rows: tuple[SendRow, ...]
     journaled: bool = True
+    shared: bool = False    # other processes have the journal too, and see whose this is
 
     def row(self, address: str) -> SendRow:
         return next(row for row in self.rows if row.address == address)

@@ -13,7 +13,7 @@ from typing import Any
 from sqlalchemy import BigInteger, Column, Executable, Index, Integer, LargeBinary, MetaData, Table, Text
 from sqlalchemy.dialects import postgresql, sqlite
 
-REVISIONS = ("0001", "0002", "0003")   # every schema version there ever was, oldest first; a file for each is in migrations/
+REVISIONS = ("0001", "0002", "0003", "0004")   # every schema version there ever was, oldest first; a file for each: migrations/
 CURRENT = REVISIONS[-1]
 
 Number = BigInteger().with_variant(Integer(), "sqlite")     # STRICT knows INTEGER, not BIGINT; both hold 64 bits
@@ -84,7 +84,14 @@ journal = _table(
     _bytes("submission_id"), _number("first_at_ms"), _number("changed_at_ms"),
     Column("stream", LargeBinary), _number("serial", default=0), _number("prev", default=0),    # stream NULL: went unsealed
     _text("reply"),
+    Column("owner", LargeBinary),   # the member that is, or was last, sending it; NULL: nobody else shares the store
 )
+
+# A process that shares the store with others. It is one until `until_ms`, by the database's clock.
+member = _table("member", _key("owner", LargeBinary), _number("until_ms"), _number("accounts", default=0))
+
+# What one member at a time has to itself, for as long as it is one.
+lease = _table("lease", _key("name", Text), _bytes("owner"))
 
 # One row per message that was opened. The `_held` columns are NULL unless the row takes part in the unique key: a message whose
 # sender is not proven must never block the number of a genuine one.

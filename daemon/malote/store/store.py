@@ -12,8 +12,8 @@ from typing import TypeVar
 
 from malote.core.freshness import Arrival, Claim, FreshnessLimits, SeenRow
 from malote.core.primitives import hmac_sha256
-from malote.errors import StoreUnavailable
-from malote.store import accounts, cards, outbox, seen
+from malote.errors import SentElsewhere, StoreUnavailable
+from malote.store import accounts, cards, members, outbox, seen
 from malote.store.database import Db, Reader, check_place, make_engine, unavailable
 from malote.store.held import Held
 from malote.store.migrate import bring_up_to_date, check_current, check_version
@@ -59,6 +59,7 @@ class Store:
         self._held = Held(writer)
         self._keys = dict(keys)
         self._cache = cards.CardCache()
+        self._owner = b""           # this process, where others share the store (`join`)
         self._checked_at = 0.0
         self.on_outcome: Callable[[OutcomeEntry], object] | None = None     # told of each line of `malote log`, for metrics
 
@@ -224,10 +225,18 @@ class Store:
     async def begin_send(self, intent: SendIntent) -> SendPlan:
         """Serials and "in doubt" rows, durable when this returns; only then may anything be sealed or sent.
 
-        Raises `ClockWrong`.
+        Raises `ClockWrong`; `SentElsewhere` while another process that shares the store sends the same.
         """
         self._held.release_plan(outbox.journal_key(intent))
-        return await self._writer.write(lambda db: outbox.begin_send(db, intent))
+        plan = await self._writer.write(lambda db: outbox.begin_send(db, intent, self._owner))
+        if plan is None:
+            raise SentElsewhere
+        return plan
+
+    def let_go(self, plan: SendPlan) -> None:
+        """Nothing was sent after all, and nothing is known of it: others may try at once. Not waited for."""
+        if plan.shared:
+            self._writer.later(lambda db: outbox.finish_send(db, plan, {}, plan.first_at_ms))
 
     def begin_plain(self, intent: SendIntent) -> SendPlan | None:
         """A plan for a message that leaves unsealed for everybody, in one transaction; None: use `begin_send`.
@@ -235,12 +244,13 @@ class Store:
         It costs no commit, and gives the same promises as a journaled plan does for unsealed parts. A row "in doubt" of such a
         part only says that it is sent again (RFC 1047), as if there were no row. What a retry must find is "accepted": in this
         process it does from the moment of `finish_send_later` on (it is held here, then written in order before the retry's
-        own `begin_send`); in another process, or after a crash, once it is written, as with a journaled plan. And anything that
+        own `begin_send`); after a crash, once it is written, as with a journaled plan. And anything that
         an earlier attempt wrote, by whatever process, is looked for here before any byte leaves: its rows are committed before
         that attempt sent anything, or after it was answered. Where that look fails, or writing does, the answer is None; so it
-        is on PostgreSQL, where a look costs as much as writing with others in one commit.
+        is on PostgreSQL, where a look costs as much as writing with others in one commit, and for a member (`join`), since the
+        others look into the journal for what is in flight.
         """
-        if self._reader is None or intent.now_ms < outbox.BUILD_DATE_MS or self._writer.failing:
+        if self._owner or self._reader is None or intent.now_ms < outbox.BUILD_DATE_MS or self._writer.failing:
             return None
         plan = outbox.plan_plain(intent)
         if self._held.release_plan(plan.key) or self._reader.look(lambda db: outbox.is_known(db, plan.key)) is not False:
@@ -328,6 +338,47 @@ class Store:
 
     async def clear_attempt(self, account: str, folder: str, uidvalidity: int, uid: int) -> None:
         await self._writer.write(lambda db: accounts.clear_attempt(db, account, folder, uidvalidity, uid))
+
+    # ---- processes that share the store ----------------------------------------------------------------------------------
+
+    @property
+    def networked(self) -> bool:
+        """Whether other nodes may have it too."""
+        return self._reader is None
+
+    async def join(self, owner: bytes, *, before: bytes = b"", accounts: int = 0) -> None:
+        """From now on `owner` names this process among those that share the store. Renew it within `members.MEMBER_MS`.
+
+        `before`: one that is known to be dead, and in whose place this one was started."""
+        def join(db: Db) -> None:
+            members.leave(db, before)
+            members.forget_gone(db)
+            members.renew(db, owner, accounts)
+        await self._writer.write(join)
+        self._owner = owner
+
+    async def renew_membership(self, accounts: int) -> None:
+        """`accounts`: how many mailboxes this process could watch."""
+        await self._writer.write(lambda db: members.renew(db, self._owner, accounts))
+
+    async def leave(self) -> None:
+        """At the end: what is still held is free."""
+        await self._writer.write(lambda db: members.leave(db, self._owner))
+
+    async def members(self) -> dict[bytes, int]:
+        """Owner to number of accounts that it could watch."""
+        return await self._writer.read(members.members)
+
+    async def leases(self) -> dict[str, bytes]:
+        """Name to owner, of those that are held."""
+        return await self._writer.read(members.leases)
+
+    async def take_lease(self, name: str) -> bool:
+        """False: another process has it."""
+        return await self._writer.write(lambda db: members.take(db, name, self._owner))
+
+    async def give_lease_back(self, name: str) -> None:
+        await self._writer.write(lambda db: members.give_back(db, name, self._owner))
 
     # ---- log and upkeep --------------------------------------------------------------------------------------------------
 
