@@ -28,6 +28,7 @@ COMMANDS = {       # in the order in which they are first needed
     "log": "malote.cli.log:log",
     "open": "malote.cli.open:open_",
     "seal": "malote.cli.seal:seal",
+    "explain": "malote.cli.explain:explain_",
     "inspect": "malote.cli.inspect:inspect",
     "completion": "malote.cli.completion:completion",
 }

@@ -173,17 +173,7 @@ class Submissions:
         line.from_address = prepared.from_address
         check_own(submitter, prepared.from_address)
         recipients = {recipient.address: recipient for recipient in tx.recipients}
-        ids = threading_ids(prepared.kept)
-        messages = await self._store.known_messages(ids) if ids else {}
-        known = {inner_id: message.outer_id for inner_id, message in messages.items()}
-        if known:
-            _mark_outsiders(recipients.values(), prepared, messages)
-        encrypted = await self._work(len(content), decide_encrypted, content)
-        asked = NO_CONTENT
-        if policy.table.asks_content:
-            asked = await self._work(len(content), partial(
-                read_content, prepared.kept, content, policy.table.wanted, null_sender=not tx.sender))
-        identity = self._decide(policy, recipients, prepared, encrypted, asked, submitter, reply=bool(known))
+        known, identity = await self.decide(policy, prepared, content, recipients, submitter, null_sender=not tx.sender)
         digest = await self._digest(prepared)
         key = (submitter.login, prepared.from_address, digest)
         turn = self._inflight.take(key) or await self._wait_for_turn(key, tx, deadline)
@@ -213,6 +203,22 @@ class Submissions:
             raise MaloteError("an identical message took too long", reply=TOO_LATE) from None
 
     # decide
+
+    async def decide(self, policy: Policy, prepared: Prepared, content: bytes | bytearray, recipients: Mapping[str, Recipient],
+                     submitter: Submitter, *, null_sender: bool) -> tuple[Mapping[str, str], Identity | None]:
+        """Sets `Recipient.decision` and `action`; gives the outer ids of what it answers, and who signs. `malote explain` asks
+        this too. Raises `MaloteError` when the whole message is refused."""
+        ids = threading_ids(prepared.kept)
+        messages = await self._store.known_messages(ids) if ids else {}
+        known = {inner_id: message.outer_id for inner_id, message in messages.items()}
+        if known:
+            _mark_outsiders(recipients.values(), prepared, messages)
+        encrypted = await self._work(len(content), decide_encrypted, content)
+        asked = NO_CONTENT
+        if policy.table.asks_content:
+            asked = await self._work(len(content), partial(
+                read_content, prepared.kept, content, policy.table.wanted, null_sender=null_sender))
+        return known, self._decide(policy, recipients, prepared, encrypted, asked, submitter, reply=bool(known))
 
     def _decide(self, policy: Policy, recipients: Mapping[str, Recipient], prepared: Prepared, encrypted: Encrypted,
                 content: Content, submitter: Submitter, *, reply: bool) -> Identity | None:
