@@ -71,6 +71,22 @@ class LogConfig(Section):
     addresses: bool = False             # whether the line of a message names its addresses
 
 
+class MetricsConfig(Section):
+    """Prometheus metrics, /healthz and /readyz on a port of this machine."""
+
+    host: str = "127.0.0.1"             # loopback only: numbers about mail are nobody else's business
+    port: int = Field(0, ge=0, le=65535)    # 0: none
+
+
+class AuditConfig(Section):
+    """The chained record of what left (docs/operating.md, The audit log)."""
+
+    file: OptionalPath = None           # none: nothing is recorded
+    required: bool = False              # a copy leaves only when its line is on the disk; else 451
+    addresses: bool = False             # whether the lines name sender and recipients
+    rotate_bytes: int = Field(256 * 1024 * 1024, ge=0)     # above it a new file is begun; 0: never
+
+
 class ListenerConfig(Section):
     """One address on which mail to be sent is taken in."""
 
@@ -266,6 +282,8 @@ class Config(Section):
     store: StoreConfig = StoreConfig()
     keys: KeysConfig = KeysConfig()
     log: LogConfig = LogConfig()
+    metrics: MetricsConfig = MetricsConfig()
+    audit: AuditConfig = AuditConfig()
     outgoing: OutgoingConfig = OutgoingConfig()
     limits: LimitsConfig = LimitsConfig()
     accounts: tuple[AccountConfig, ...] = ()
@@ -339,6 +357,13 @@ def config_faults(config: Config) -> list[str]:
     Each is `key: what is wrong; the cure`. An empty list means that the daemon may start.
     """
     faults = [] if config.keys.unlock != "file" or config.keys.file else ['keys.file: must be set with keys.unlock = "file"']
+    if config.metrics.port and not is_loopback(config.metrics.host):
+        faults.append("metrics.host: must be an address of this machine alone, as 127.0.0.1; for a scraper elsewhere put a proxy "
+                      "that asks who it is in front")
+    if config.metrics.port and config.metrics.port + config.service.workers - 1 > 65535:
+        faults.append("metrics.port: each worker has its own, from this one on; set a smaller one")
+    if config.audit.required and config.audit.file is None:
+        faults.append("audit.file: must be set with audit.required; name the file, or remove audit.required")
     if config.outgoing.enabled:
         faults += _upstream_faults(config.outgoing.upstream)
         places = [listener.place for listener in config.outgoing.listeners]

@@ -173,6 +173,12 @@ class NotProven(MaloteError):
     default_reply = Reply(451, "4.3.0", "The message failed the last check before sending, nothing was sent, try again later")
 
 
+class AuditUnavailable(MaloteError):
+    """The audit log cannot be written, and nothing may leave without it (`audit.required`)."""
+
+    default_reply = Reply(451, "4.3.0", "The audit log cannot be written, nothing was sent, try again later")
+
+
 class UpstreamError(MaloteError):
     """The upstream server cannot be reached, or the connection broke. `in_doubt`: after our final dot, before its reply."""
 

@@ -25,6 +25,7 @@ import structlog
 import uvloop
 
 from malote.config import Config, ListenerConfig, config_faults, load_config
+from malote.core.card import usable_until_ms
 from malote.core.policy import Policy
 from malote.core.primitives import check_post_quantum
 from malote.core.rules import rule_faults
@@ -39,6 +40,7 @@ from malote.outgoing.memory import return_large_blocks
 from malote.outgoing.sender import Sender
 from malote.outgoing.submission import Submissions
 from malote.outgoing.users import Users, load_users
+from malote.oversight import Oversight, State
 from malote.smtp.budget import MemoryBudget
 from malote.smtp.conversation import ServerSettings
 from malote.smtp.listener import Listener, needs_gate, server_settings
@@ -102,6 +104,9 @@ class Service:
     _budget: MemoryBudget = field(default_factory=lambda: MemoryBudget(0))
     _inflight: InFlight = field(default_factory=InFlight)
     _accounts: Accounts = field(init=False)
+    _oversight: Oversight = field(init=False)
+    _running: bool = False
+    _keys_open: bool = True
     _stop: asyncio.Event = field(default_factory=asyncio.Event)
     _reload: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -109,6 +114,7 @@ class Service:
         self._manager = self.post if self.post is not None else Systemd()
         self._activated = Activated() if self.post is None else Activated({})
         self._accounts = Accounts(self.store, self.keyring, end_seconds=DRAIN_SECONDS)
+        self._oversight = Oversight(self.store, self._state, now_ms, offset=self.slot or 0)
 
     # --- life ---
 
@@ -123,6 +129,7 @@ class Service:
         membership = await self._join()
         try:
             await self._apply(self.config)
+            self._running = True
             self._say_ready()
             async with asyncio.TaskGroup() as tasks:
                 upkeep = [tasks.create_task(self._upkeep()), tasks.create_task(self._follow_keys()),
@@ -131,6 +138,7 @@ class Service:
                     upkeep += [tasks.create_task(membership.keep()), tasks.create_task(self._accounts.share()),
                                tasks.create_task(membership.guard(self._accounts.let_go))]
                 await self._stop.wait()
+                self._running = False
                 for task in upkeep:
                     task.cancel()
         finally:
@@ -195,6 +203,7 @@ class Service:
             log.warning("connections cut off at the end", count=cut_off)
         for build in (*self._retired, *([self._outgoing] if self._outgoing else [])):
             await build.close()
+        await self._oversight.close()
         log.info("stopped")
 
     # --- building ---
@@ -265,13 +274,25 @@ class Service:
 
         upstream = Upstream(upstream_config, credentials=credentials if upstream_config.username else None)
         submissions = Submissions(config=config.outgoing, limits=config.limits, store=self.store, host=self.host,
-                                  identities=lambda: self.keyring.identities, clock_ms=now_ms, inflight=self._inflight)
+                                  identities=lambda: self.keyring.identities, clock_ms=now_ms, inflight=self._inflight,
+                                  recorder=lambda: self._oversight.recorder)
         desks = {
             listener.place: Sender(listener=listener, config=config.outgoing, upstream=upstream, submissions=submissions,
                              store=self.store, users=load_users(listener.users_file) if listener.users_file else Users())
             for listener in config.outgoing.listeners
         }
         return Outgoing(upstream, submissions, desks)
+
+    def _state(self) -> State:
+        outgoing = self.config.outgoing
+        wanted = len(outgoing.listeners) if outgoing.enabled else 0
+        return State(
+            running=self._running, listening=len(self._listeners) == wanted, keys_open=self._keys_open,
+            listeners=len(self._listeners), connections=self._connections, budget=self._budget, inflight=self._inflight,
+            upstream=self._outgoing.upstream if self._outgoing is not None else None,
+            card_ends_ms=tuple(usable_until_ms(identity.card) for identity in self.keyring.identities.values()),
+            accounts=self._accounts.states,
+        )
 
     # --- while it runs ---
 
@@ -309,10 +330,12 @@ class Service:
                 await self._close_retired()
                 if await self.keyring.refresh():
                     self._accounts.look_now()
+                self._keys_open = True
             except StoreUnavailable:
                 log.warning("store not available")
             except MaloteError as error:
                 log.error("changed keys cannot be unlocked", fault=str(error), hint=error.hint)
+                self._keys_open = False
                 await asyncio.sleep(RETRY_KEYS_SECONDS)
             except Exception:       # mail goes on with the keys that are known
                 log.exception("fault while looking for changed keys")

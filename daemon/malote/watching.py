@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -73,6 +74,11 @@ class Accounts:
     @property
     def names(self) -> list[str]:
         return list(self._watched)
+
+    @property
+    def states(self) -> dict[str, int]:
+        """How many watchers are in which state."""
+        return dict(Counter(watched.watcher.state for watched in self._watched.values()))
 
     async def apply(self, config: Config) -> None:
         """Leave alone whose account did not change; end the others; start what is new."""

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from malote.cli.settings import Settings, is_missing
-from malote.core.card import Card, parse_card
+from malote.core.card import Card, parse_card, usable_until_ms
 from malote.core.identity import Identity
 from malote.core.keyring import KeyringKey, lock_identity
 from malote.core.primitives import check_post_quantum
@@ -101,7 +101,7 @@ async def save_own_card(store: Store, identity: Identity) -> None:
 
 def describe(card: Card, record: CardRecord | None = None, *, own: bool = False) -> dict[str, Any]:
     """What `--json` prints of a card: times in milliseconds since the epoch."""
-    until_ms = min(card.expires_at_ms, max(entry.to_ms for entry in card.encryption))
+    until_ms = usable_until_ms(card)
     try:
         card.encryption_key(now_ms())
         expired = False

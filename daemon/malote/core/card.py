@@ -84,6 +84,11 @@ class Card:
         return max(valid, key=lambda entry: (entry.from_ms <= at_ms, entry.from_ms)).key
 
 
+def usable_until_ms(card: Card) -> int:
+    """When it ends, or its last key does: from then on nobody can seal to it."""
+    return min(card.expires_at_ms, max(entry.to_ms for entry in card.encryption))
+
+
 def make_card(
     signing: SigningKey, address: str, encryption: Sequence[CardKey], *, sequence: int, made_at_ms: int, expires_at_ms: int,
     predecessor: SigningKey | None = None,

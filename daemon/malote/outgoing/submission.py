@@ -57,6 +57,7 @@ from malote.outgoing.groups import Group, Kind, Member, group_members
 from malote.outgoing.identities import Submitter, check_own, decide_signer
 from malote.outgoing.inflight import InFlight, Turn
 from malote.outgoing.notify import may_notify, notify_sender, wants_notice
+from malote.outgoing.recorder import Recorder
 from malote.outgoing.transaction import Recipient, Transaction
 from malote.smtp.desk import ClientSession, Params
 from malote.store.records import KnownMessage, OutcomeEntry, SendIntent, SendPlan, SendRecipient, SendRow, SendState
@@ -106,7 +107,7 @@ class Submissions:
 
     def __init__(self, *, config: OutgoingConfig, limits: LimitsConfig, store: Store, host: str,
                  identities: Callable[[], Mapping[str, Identity]], clock_ms: Callable[[], int],
-                 inflight: InFlight | None = None) -> None:
+                 inflight: InFlight | None = None, recorder: Callable[[], Recorder | None] = lambda: None) -> None:
         self.config = config
         self.policy = Policy(config)    # replaced by a reload, also for connections that are open: policy does not wait for them
         self.clock_ms = clock_ms
@@ -116,6 +117,7 @@ class Submissions:
         self._host = host
         self._identities = identities
         self._inflight = inflight if inflight is not None else InFlight()
+        self._recorder = recorder       # of the audit log; asked each time, as a reload may change it
         self._executor = ThreadPoolExecutor(WORKERS, thread_name_prefix="malote-seal")
 
     def close(self) -> None:
@@ -153,6 +155,9 @@ class Submissions:
         except MaloteError as error:
             code, line.why = error.reply.code, _why(error)
             line.outcome = "refused" if code >= 500 else "failed"
+            recorder = self._recorder()
+            if recorder is not None and code >= 500:
+                recorder.refused(line.id, line.from_address or tx.sender, tx.recipients, error.reply, line.why)
             raise
         finally:
             self._log(session, tx, line, code, int((asyncio.get_running_loop().time() - started) * 1000))
@@ -319,10 +324,18 @@ class Submissions:
                   if address in turn.earlier or letter.rows[address].state is SendState.ACCEPTED}
         groups = self._groups(letter, shown, before)
         letter.self_group = _with_own_blob(groups, letter)
+        recorder = self._recorder()
         try:
-            await delivery.run(groups, tx)
+            held_back = await recorder.leaving(letter, groups, delivery.deadline) if recorder is not None else None
+            if held_back is None:
+                await delivery.run(groups, tx)
+            else:
+                delivery.outcomes.update(held_back)
+                recorder = None
         finally:    # also when cut off: what is known to be accepted must not be sent again
             outcomes = before | delivery.outcomes
+            if recorder is not None:
+                recorder.left(letter, groups, outcomes)
             turn.accepted.update((address, each.reply) for address, each in outcomes.items() if each.state is State.ACCEPTED)
             self._count(line, letter, outcomes, delivery.copies)
             if delivery.alarm:

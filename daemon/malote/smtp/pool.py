@@ -76,6 +76,11 @@ class Pool:
         return None
 
     @property
+    def counts(self) -> dict[str, int]:
+        """How many connections are in which state."""
+        return {"idle": len(self._idle), "leased": len(self._leased), "opening": self._opening}
+
+    @property
     def _in_use(self) -> int:
         return len(self._leased) + len(self._idle) + self._opening
 

@@ -6,6 +6,7 @@ import asyncio
 import ipaddress
 import socket
 import ssl
+import time
 from collections.abc import Awaitable, Callable, Mapping
 
 from malote.config import Security, UpstreamConfig
@@ -56,10 +57,30 @@ class Upstream:
             raise ConfigError('outgoing.upstream.security: "none" is accepted only for a loopback address or a UNIX socket')
         self._pool = Pool(self._open_with_login, limit=config.connections, wait_seconds=config.command_seconds)
         self.lmtp = config.protocol == "lmtp"
+        self.connects = 0               # opened since the start
+        self.failures = 0               # attempts that failed
+        self.last_connect_s = 0.0       # Unix time
+        self.reached = False            # whether the last attempt succeeded
+
+    @property
+    def connections(self) -> dict[str, int]:
+        """Kept ones, by state."""
+        return self._pool.counts
 
     async def connect(self) -> UpstreamConnection:
         """A connection of the caller's own, greeted and (unless so configured) encrypted, but not logged in: for the client's
         own AUTH. End it with `quit()` or `abort()`. Raises `UpstreamError`, `UpstreamRefused`."""
+        try:
+            connection = await self._connect()
+        except UpstreamError:
+            self.failures += 1
+            self.reached = False
+            raise
+        self.connects += 1
+        self.last_connect_s, self.reached = time.time(), True
+        return connection
+
+    async def _connect(self) -> UpstreamConnection:
         config = self._config
         connection = UpstreamConnection(lmtp=self.lmtp, helo_name=self._helo_name, timeouts=self._timeouts)
         loop = asyncio.get_running_loop()
