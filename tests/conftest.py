@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
+from lab.postgres import Postgres
 from lab.servers import Dovecot, Lab, Postfix
 
 settings.register_profile("quick", max_examples=60, deadline=None, derandomize=True,
@@ -39,3 +41,18 @@ def dovecot(lab: Lab) -> Dovecot:
 def postfix(lab: Lab, dovecot: Dovecot) -> Postfix:
     """One Postfix that delivers everything to `dovecot` by LMTP and offers submission with its logins."""
     return lab.postfix(dovecot.lmtp_hop, auth_port=dovecot.auth_port)
+
+
+@pytest.fixture(scope="session")
+def postgres(lab: Lab) -> Iterator[Postgres]:
+    """One PostgreSQL for all tests of this process."""
+    server = Postgres(lab.root / "postgres", lab.certificate, lab.key)
+    server.start()
+    yield server
+    server.stop(signal.SIGQUIT)
+
+
+@pytest.fixture
+def postgres_url(postgres: Postgres) -> str:
+    """An empty database of its own."""
+    return postgres.url(postgres.new_database())

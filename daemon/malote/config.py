@@ -18,6 +18,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from malote.database_url import parse_url
 from malote.errors import ConfigError
 
 OptionalPath = Annotated[Path | None, BeforeValidator(lambda value: None if value == "" else value)]   # "" says: not set
@@ -56,6 +57,9 @@ class ServiceConfig(Section):
 
 class StoreConfig(Section):
     path: OptionalPath = None    # directory; default: /var/lib/malote for root or the service, XDG data directory for a person
+    url: str = ""                # postgresql://...: the store is in that database, path only holds the locks of this node
+    password_file: OptionalPath = None      # of the database user; else ~/.pgpass, or none where a socket knows its peer
+    ca_file: OptionalPath = None            # of the database server; default: the system's certificate authorities
     remember_days: int = Field(400, ge=28)      # how long a message is remembered; a repeat after that is LATE, never FRESH
 
 
@@ -357,6 +361,7 @@ def config_faults(config: Config) -> list[str]:
     Each is `key: what is wrong; the cure`. An empty list means that the daemon may start.
     """
     faults = [] if config.keys.unlock != "file" or config.keys.file else ['keys.file: must be set with keys.unlock = "file"']
+    faults += _store_faults(config.store)
     if config.metrics.port and not is_loopback(config.metrics.host):
         faults.append("metrics.host: must be an address of this machine alone, as 127.0.0.1; for a scraper elsewhere put a proxy "
                       "that asks who it is in front")
@@ -381,6 +386,16 @@ def config_faults(config: Config) -> list[str]:
         if names.index(account.name) != number - 1:
             faults.append(f"accounts.{number}.name: {account.name!r} is taken by another account; each needs a name of its own")
     return faults
+
+
+def _store_faults(store: StoreConfig) -> Iterator[str]:
+    if store.url:
+        try:
+            parse_url(store.url)
+        except ConfigError as error:
+            yield f"{error}; {error.hint}"
+    elif store.password_file or store.ca_file:
+        yield "store.url: must be set with password_file or ca_file, which are for a database; or remove those"
 
 
 def _upstream_faults(upstream: UpstreamConfig) -> Iterator[str]:

@@ -47,7 +47,7 @@ from malote.smtp.listener import Listener, needs_gate, server_settings
 from malote.smtp.open_connections import Connections
 from malote.smtp.relay import Credentials, Upstream
 from malote.smtp.sockets import Activated
-from malote.store import Store
+from malote.store import Store, configured_place
 from malote.supervisor import Post, Supervisor
 from malote.watching import Accounts, check_accounts
 
@@ -388,7 +388,7 @@ def check_config(config: Config, path: Path | None) -> None:
 
 async def serve(config: Config, config_path: Path | None, store_path: Path, passphrase: Callable[[], bytes]) -> None:
     """The whole life of the daemon. Raises `MaloteError` if it cannot start."""
-    store = await Store.open(store_path)
+    store = await Store.open(configured_place(config.store, store_path))
     try:
         lock = _only_one(store_path / LOCK_NAME)
     except BaseException:
@@ -406,6 +406,7 @@ def _only_one(path: Path) -> int:
     """Held until it is closed, or the process ends in whatever way. Two daemons on one store would watch its mailboxes under
     one device's name, and not know of each other's messages in flight. Raises `ConfigError`, `StoreUnavailable`."""
     try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)      # of a node whose store is in a database
         lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     except OSError as error:
         raise StoreUnavailable(f"{path}: cannot be opened ({error.strerror})") from error
@@ -436,7 +437,7 @@ def run(config: Config, config_path: Path | None, store_path: Path, passphrase: 
 def supervise(config: Config, config_path: Path | None, store_path: Path, passphrase: Callable[[], bytes]) -> None:
     """The same with several workers. Raises `MaloteError` if they cannot start, or cannot be kept running."""
     async def begin() -> tuple[int, Keyring]:
-        store = await Store.open(store_path)
+        store = await Store.open(configured_place(config.store, store_path))
         try:
             lock = _only_one(store_path / LOCK_NAME)
             keyring = Keyring(store, passphrase, ask_once=config.keys.unlock == "prompt")
@@ -446,7 +447,7 @@ def supervise(config: Config, config_path: Path | None, store_path: Path, passph
             await store.close()
 
     async def work(post: Post) -> None:
-        store = await Store.open(store_path)
+        store = await Store.open(configured_place(config.store, store_path))
         try:
             await Service(post.config, config_path, store, keyring.again(store), post).run()
         finally:

@@ -38,10 +38,11 @@ class Home:
         path.write_text(text)
         return path
 
-    def configure(self, sections: str, *, log: str = 'level = "debug"') -> None:
+    def configure(self, sections: str, *, log: str = 'level = "debug"', store: str = "") -> None:
         self.config.write_text(f"""
 [store]
 path = "{self.root}/store"
+{store}
 [keys]
 unlock = "file"
 file = "{self.root}/passphrase"

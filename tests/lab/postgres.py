@@ -89,6 +89,22 @@ class Postgres:
                 self.process.wait()
             self.process = None
 
+    def copy_to(self, replica: Postgres) -> None:
+        """A standby with what is committed now; start it after this one has ended, since it has the same port."""
+        replica.root.mkdir()
+        replica.root.chmod(0o755)
+        if (user := _user()) is not None:
+            shutil.chown(replica.root, user)
+        subprocess.run([programs() / "pg_basebackup", "-h", str(self.root), "-p", str(self.port), "-U", "postgres", "-D",
+                        str(replica.data), "--checkpoint=fast", "--wal-method=stream", "--no-sync"],
+                       check=True, capture_output=True, cwd=self.root, **_as(user))
+        (replica.data / "standby.signal").touch()
+        with (replica.data / "postgresql.conf").open("a") as file:
+            file.write(f"unix_socket_directories = '{replica.root}'\n")
+
+    def promote(self) -> None:
+        self.execute("postgres", "SELECT pg_promote()")
+
     def new_database(self, **options: str) -> str:
         """An empty one of its own; returns its name."""
         self.made += 1
@@ -113,7 +129,7 @@ class Postgres:
         subprocess.run([programs() / "initdb", "-D", str(self.data), "-U", "postgres", "--no-sync", "--encoding=UTF8",
                         "--locale=C.UTF-8", "--auth=trust"],
                        check=True, capture_output=True, cwd=self.root, **_as(user))
-        settings = SETTINGS | {"listen_addresses": f"'{HOST}'", "port": str(self.port),
+        settings = SETTINGS | {"listen_addresses": f"'{HOST},127.0.0.2'", "port": str(self.port),
                                "unix_socket_directories": f"'{self.root}'"}
         if self.certificate is not None and self.key is not None:
             for name, source in (("server.crt", self.certificate), ("server.key", self.key)):

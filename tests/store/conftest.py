@@ -2,35 +2,17 @@
 
 from __future__ import annotations
 
-import signal
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
 import pytest
 
-from lab.postgres import Postgres
-from lab.servers import Lab
 from malote.core.freshness import Claim
 from malote.store import SendIntent, SendRecipient, Store
 
 NOW_MS = time.time_ns() // 1_000_000
 SKID = b"k" * 32
-
-
-@pytest.fixture(scope="session")
-def postgres(lab: Lab) -> Iterator[Postgres]:
-    """One PostgreSQL for all tests of this process."""
-    server = Postgres(lab.root / "postgres", lab.certificate, lab.key)
-    server.start()
-    yield server
-    server.stop(signal.SIGQUIT)
-
-
-@pytest.fixture
-def postgres_url(postgres: Postgres) -> str:
-    """An empty database of its own."""
-    return postgres.url(postgres.new_database())
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])

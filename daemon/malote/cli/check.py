@@ -18,7 +18,7 @@ from malote.cli.settings import Settings
 from malote.config import Config, config_faults
 from malote.core.rules import rule_faults
 from malote.errors import ConfigError, ExitCode, MaloteError
-from malote.store import Store
+from malote.store import PostgresPlace, Store
 from malote.terminal import fitted
 
 Say = Callable[[Finding], None]
@@ -42,7 +42,7 @@ def check(settings: Settings, as_json: bool) -> int:
     if config is None or faults:
         return int(ExitCode.CONFIG)
     say(ok("configuration", str(settings.config_path)))
-    bad = asyncio.run(_check_all(config, settings.store_path, say))
+    bad = asyncio.run(_check_all(config, settings.store_place, say))
     return int(ExitCode.CHECK if bad else ExitCode.OK)
 
 
@@ -62,13 +62,13 @@ def _split(text: str) -> tuple[str, str]:
     return what, cure
 
 
-async def _check_all(config: Config, store_path: Path, say: Say) -> bool:
+async def _check_all(config: Config, place: Path | PostgresPlace, say: Say) -> bool:
     """Whether there was a fault."""
-    store, error = await _open(store_path)
+    store, error = await _open(place)
     newest: dict[str, int] = {}
     bad = False
     try:
-        for title, findings in _probes(config, store, error, store_path, newest):
+        for title, findings in _probes(config, store, error, place, newest):
             try:
                 async for finding in _said_while_waiting(title, findings):
                     say(finding)
@@ -99,17 +99,17 @@ async def _said_while_waiting(title: str, findings: Findings) -> Findings:
         yield finding
 
 
-async def _open(path: Path) -> tuple[Store | None, MaloteError | None]:
+async def _open(place: Path | PostgresPlace) -> tuple[Store | None, MaloteError | None]:
     try:
-        return await Store.open(path, readonly=True), None
+        return await Store.open(place, readonly=True), None
     except MaloteError as error:
         return None, error
 
 
-def _probes(config: Config, store: Store | None, error: MaloteError | None, path: Path,
+def _probes(config: Config, store: Store | None, error: MaloteError | None, place: Path | PostgresPlace,
             newest: dict[str, int]) -> Iterator[tuple[str, Findings]]:
     yield "cryptography", crypto_probe()
-    yield "store", store_probe(store, error, path)
+    yield "store", store_probe(store, error, place)
     if store is not None:
         yield "keys", keys_probe(store, config)
     if config.outgoing.enabled:

@@ -59,7 +59,7 @@ def explain_(settings: Settings, sender: str | None, recipients: tuple[str, ...]
 async def _explain(settings: Settings, sender: str, recipients: list[str], content: bytes | None) -> Explanation:
     if not settings.config.outgoing.enabled:
         raise ConfigError("outgoing.enabled: is false, so nothing is sent through malote")
-    store = await Store.open(settings.store_path, readonly=True)
+    store = await Store.open(settings.store_place, readonly=True)
     try:
         return await explain(store, settings.config, sender, recipients, content, host=socket.getfqdn())
     finally:

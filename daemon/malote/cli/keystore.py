@@ -18,7 +18,7 @@ from malote.core.identity import Identity
 from malote.core.keyring import KeyringKey, lock_identity
 from malote.core.primitives import check_post_quantum
 from malote.errors import KeyMissing, StoreUnavailable
-from malote.store import CardRecord, Level, LockedIdentity, Store
+from malote.store import CardRecord, Level, LockedIdentity, PostgresPlace, Store
 from malote.store.database import FILE_NAME
 
 OWN = "your own keys"       # the evidence of the card of an identity
@@ -31,7 +31,7 @@ def now_ms() -> int:
 
 
 def store_exists(settings: Settings) -> bool:
-    return not is_missing(settings.store_path / FILE_NAME)
+    return isinstance(settings.store_place, PostgresPlace) or not is_missing(settings.store_path / FILE_NAME)
 
 
 def read_store(settings: Settings, operation: Callable[[Store], Awaitable[T]]) -> T:
@@ -49,26 +49,32 @@ def change_store(settings: Settings, operation: Callable[[Store], Awaitable[T]])
 
 async def _with_store(settings: Settings, operation: Callable[[Store], Awaitable[T]], *, readonly: bool) -> T:
     check_post_quantum()
-    store = await Store.open(settings.store_path, readonly=readonly)
+    store = await Store.open(settings.store_place, readonly=readonly)
     try:
         if readonly:
             return await operation(store)
+        if not await store.claim("keys"):
+            raise StoreUnavailable(_BUSY, hint=_AGAIN)
         with _one_at_a_time(settings.store_path):
             return await operation(store)
     finally:
         await store.close()
 
 
+_BUSY, _AGAIN = "another malote keys command is at work on this store, nothing was done", "try again when it is done"
+
+
 @contextmanager
 def _one_at_a_time(directory: Path) -> Iterator[None]:
     """Commands read, ask and then write; two of them at once could each make a keyring, and lock the other's keys out."""
+    if is_missing(directory):       # the store is in a database
+        directory.mkdir(mode=0o700, parents=True)
     handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
     except BlockingIOError as error:
-        raise StoreUnavailable("another malote keys command is at work on this store, nothing was done",
-                               hint="try again when it is done") from error
+        raise StoreUnavailable(_BUSY, hint=_AGAIN) from error
     finally:
         os.close(handle)
 

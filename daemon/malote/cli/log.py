@@ -48,7 +48,7 @@ def log(settings: Settings, lines: int, as_json: bool) -> None:
 
 
 async def _read(settings: Settings, lines: int) -> list[OutcomeEntry]:
-    store = await Store.open(settings.store_path, readonly=True)
+    store = await Store.open(settings.store_place, readonly=True)
     try:
         return await store.recent_outcomes(lines)
     finally:

@@ -82,7 +82,7 @@ class Source:
 async def _open_all(settings: Settings, source: Source, report: Report) -> None:
     config = settings.config_or_defaults
     account = _account(settings, source.mailbox[0]) if source.mailbox else None
-    store = await Store.open(settings.store_path, readonly=True)
+    store = await Store.open(settings.store_place, readonly=True)
     try:
         identities = list((await open_identities(store, lambda: read_passphrase(config.keys))).values())
         # what the daemon remembers stands under the name of the account that the message came to

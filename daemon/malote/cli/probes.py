@@ -27,7 +27,7 @@ from malote.errors import ConfigError, FormatError, MaloteError
 from malote.incoming.account import account_addresses
 from malote.outgoing.users import load_users
 from malote.smtp.listener import server_tls_context
-from malote.store import LockedIdentity, Store
+from malote.store import LockedIdentity, PostgresPlace, Store
 
 SOON_DAYS = 30                  # before a card or certificate ends, it is said
 SMALL_DISK_BYTES = 100 * 1024 * 1024
@@ -45,7 +45,10 @@ async def crypto_probe() -> Findings:
         yield ok("cryptography", "ML-KEM-768 and ML-DSA-65 are there")
 
 
-async def store_probe(store: Store | None, error: MaloteError | None, path: Path) -> Findings:
+async def store_probe(store: Store | None, error: MaloteError | None, path: Path | PostgresPlace) -> Findings:
+    if isinstance(path, PostgresPlace):
+        yield fault("store", error) if error is not None else ok("store", "the database opens, and takes our login")
+        return
     if store is None:
         if not os.path.lexists(path):   # noqa: ASYNC240 -- one look, nothing else runs
             yield Finding("store", State.FAULT, f"there is none in {path}", "malote keys new ADDRESS makes it")

@@ -44,7 +44,7 @@ def seal(settings: Settings, file: BinaryIO, recipients: tuple[str, ...], output
 
 async def _seal(settings: Settings, submitted: bytes, recipients: list[str]) -> list[SealedCopy]:
     config = settings.config_or_defaults
-    store = await Store.open(settings.store_path)
+    store = await Store.open(settings.store_place)
     try:
         identities = await open_identities(store, lambda: read_passphrase(config.keys))
         return await seal_offline(submitted, recipients, identities=identities, store=store, config=config.outgoing,

@@ -11,6 +11,7 @@ import platformdirs
 
 from malote.config import Config, load_config
 from malote.errors import ConfigError
+from malote.store import PostgresPlace, configured_place
 
 SYSTEM_CONFIG = Path("/etc/malote/malote.toml")
 SYSTEM_STORE = Path("/var/lib/malote")
@@ -68,3 +69,8 @@ class Settings:
         if given:
             return Path(given)
         return SYSTEM_STORE if os.geteuid() == 0 else platformdirs.user_data_path("malote")
+
+    @property
+    def store_place(self) -> Path | PostgresPlace:
+        """What to open: that directory, or the database of `store.url`."""
+        return configured_place(self.config_or_defaults.store, self.store_path)

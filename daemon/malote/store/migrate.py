@@ -75,6 +75,7 @@ def check_version(engine: Engine) -> None:
 
 def check_current(version: str | None) -> None:
     """Raises `StoreUnavailable` unless this is the current schema."""
+    check_known(version)
     if version is None:
         raise StoreUnavailable("the store is empty", hint="malote run says what to do")
     if version != CURRENT:
@@ -105,11 +106,16 @@ def schema_version(connection: Connection) -> str | None:
     if "alembic_version" not in tables:
         raise StoreUnavailable("the database holds something else than a store")
     version = connection.execute(text("SELECT version_num FROM alembic_version")).scalar()
+    check_known(version)
+    return version
+
+
+def check_known(version: str | None) -> None:
+    """Raises `StoreUnavailable` for a schema that did not exist when this was written."""
     if version is not None and version not in REVISIONS:
         raise StoreUnavailable(
             "the store was made by a newer version of malote",
             hint=f"install that version again (schema {version}; this one knows {CURRENT}), or restore a copy of the store")
-    return version
 
 
 def _keep_copy(file: Path, version: str) -> None:

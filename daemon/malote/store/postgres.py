@@ -18,11 +18,13 @@ from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.pool import NullPool
 from sqlalchemy.util import await_only
 
+from malote.config import is_loopback
+from malote.database_url import parse_url
 from malote.errors import ConfigError, MaloteError, StoreUnavailable
 from malote.private_files import read_private_file
 from malote.store.database import Contended, Db, Row
 from malote.store.migrate import bring_up_to_date_postgres
-from malote.store.places import PostgresPlace, parse_url
+from malote.store.places import PostgresPlace
 from malote.store.schema import Statement
 
 CONNECT_SECONDS = 10.0
@@ -57,6 +59,7 @@ class Server:
     def __init__(self, place: PostgresPlace, *, readonly: bool = False) -> None:
         self._place = place
         self._target = parse_url(place.url)
+        self._local = all(host.startswith("/") or is_loopback(host) for host in self._target.hosts)
         self._readonly = readonly
         self._seen: tuple[str, int] | None = None
 
@@ -69,7 +72,8 @@ class Server:
         settings = _SETTINGS | ({"default_transaction_read_only": "on"} if self._readonly else {})
         connection = await asyncpg.connect(
             host=list(target.hosts), port=list(target.ports), user=target.user, database=target.database, password=password,
-            ssl=False if target.local else self._tls(), timeout=CONNECT_SECONDS, command_timeout=STATEMENT_SECONDS,
+            ssl=False if self._local and not self._place.ca_file else self._tls(),
+            timeout=CONNECT_SECONDS, command_timeout=STATEMENT_SECONDS,
             statement_cache_size=400, max_cached_statement_lifetime=0, server_settings=settings,
             target_session_attrs=None if self._readonly or len(target.hosts) == 1 else "read-write")
         try:
@@ -153,7 +157,11 @@ class PostgresDb(Db):
         return int(await_only(self._connection.fetchval("SELECT (extract(epoch FROM clock_timestamp()) * 1000)::bigint")))
 
     def lock(self, name: str) -> None:
-        await_only(self._connection.execute("SELECT pg_advisory_xact_lock($1::int, hashtext($2))", LOCKS, name))
+        await_only(self._connection.fetchval("SELECT pg_advisory_xact_lock($1::int, hashtext($2))", LOCKS, name))
+
+    def claim(self, name: str) -> bool:
+        command = "SELECT pg_try_advisory_lock($1::int, hashtext($2))"
+        return bool(await_only(self._connection.fetchval(command, LOCKS, name)))
 
     def command(self, command: str) -> str:
         """One without values, as SAVEPOINT; its status."""
@@ -182,7 +190,17 @@ def is_contention(error: BaseException) -> bool:
 
 
 def is_database_error(error: BaseException) -> bool:
-    return isinstance(error, asyncpg.PostgresError | asyncpg.InterfaceError | OSError | TimeoutError)
+    return isinstance(error, asyncpg.PostgresError | asyncpg.InterfaceError | OSError | TimeoutError | _CUT)
+
+
+# the driver's own confusion (InternalClientError) is what comes of a cut between an answer and the next question
+_CUT = asyncpg.PostgresConnectionError | asyncpg.InternalClientError
+
+
+def is_disconnect(error: BaseException, connection: asyncpg.Connection | None) -> bool:
+    """Whether this connection ended; another one may work."""
+    return (connection is not None and connection.is_closed()) or isinstance(error, _CUT) \
+        or str(getattr(error, "sqlstate", "")) in ("57P01", "57P02")
 
 
 def is_outage(error: BaseException, connection: asyncpg.Connection | None) -> bool:
@@ -191,7 +209,7 @@ def is_outage(error: BaseException, connection: asyncpg.Connection | None) -> bo
         return True
     if isinstance(error, asyncpg.PostgresError):
         return str(error.sqlstate)[:2] in _OUTAGES or error.sqlstate in ("25006", "25P03", "55P03", "42501", "42P01")
-    return isinstance(error, OSError | TimeoutError | asyncpg.ConnectionDoesNotExistError)
+    return isinstance(error, OSError | TimeoutError | _CUT)
 
 
 _OUTAGES = ("08", "28", "3D", "53", "57", "58", "F0", "XX")

@@ -24,6 +24,7 @@ from malote.store.postgres import (
     disconnect,
     is_contention,
     is_database_error,
+    is_disconnect,
     is_outage,
     take_slot,
     unavailable,
@@ -72,6 +73,13 @@ class PostgresWriter:
     def failing(self) -> bool:
         """Whether the last write found the database gone, full or read-only."""
         return self._failing
+
+    async def claim(self, name: str) -> bool:
+        """`Store.claim`, for as long as the connection is up."""
+        def take(db: Db) -> bool:
+            assert isinstance(db, PostgresDb)       # noqa: S101 -- made by `_connect`
+            return db.claim(name)
+        return await self._submit(take, write=True)
 
     def check_open(self) -> None:
         """Raises `StoreUnavailable` after `close`."""
@@ -139,7 +147,7 @@ class PostgresWriter:
                     await self._roll_back()
                     await asyncio.sleep(random.uniform(0, 0.005 * 2**count))     # noqa: S311 -- so that two do not meet again
                     continue
-                lost = self._connection is not None and self._connection.is_closed()
+                lost = is_disconnect(error, self._connection)
                 await self._drop_connection()
                 if lost and not fresh and not isinstance(error, _InDoubt):      # it ended while idle: the server was restarted
                     fresh = True

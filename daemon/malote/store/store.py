@@ -13,7 +13,7 @@ from typing import TypeVar
 from malote.core.freshness import Arrival, Claim, FreshnessLimits, SeenRow
 from malote.core.primitives import hmac_sha256
 from malote.errors import SentElsewhere, StoreUnavailable
-from malote.store import accounts, cards, members, outbox, seen
+from malote.store import accounts, cards, members, outbox, places, seen
 from malote.store.database import Db, Reader, check_place, make_engine, unavailable
 from malote.store.held import Held
 from malote.store.migrate import bring_up_to_date, check_current, check_version
@@ -39,7 +39,6 @@ from malote.store.writer import Commits, Writer
 
 DAY_MS = 86_400_000
 CARD_CHECK_SECONDS = 0.5    # how old the cache of cards may be when another process changes one: seen within a second
-MACHINE_ID = Path("/etc/machine-id")
 MACHINE_KEYS = ("device",)      # local keys that tell one machine's watcher from another's: a copied store must not keep them
 
 log = logging.getLogger("malote.store")
@@ -73,7 +72,7 @@ class Store:
         machine than before, or in a database whose server lost its place to another, begins new numberings and calls nothing
         FRESH that was sent before.
         """
-        own_id = _machine_id() if machine_id is None else machine_id
+        own_id = places.machine_id() if machine_id is None else machine_id
         if (database := database_place(place)) is not None:
             return await cls._open_postgres(database, own_id, readonly=readonly)
         directory = _directory(place)
@@ -132,6 +131,11 @@ class Store:
     async def check_writable(self, now_ms: int) -> None:
         """Writes something that nobody reads. Raises `StoreUnavailable`."""
         await self._writer.write(lambda db: cards.put_meta(db, "written", str(now_ms).encode()))
+
+    async def claim(self, name: str) -> bool:
+        """Whether nobody else has claimed that name on this database; it is then ours until `close`. Of SQLite, whose directory
+        has locks for that, always True."""
+        return await self._writer.claim(name)
 
     async def flush(self) -> None:
         """Return when everything submitted before is written, also what nobody waits for."""
@@ -485,14 +489,6 @@ def _greet(db: Db, server: bytes) -> None:
                     "mail sent before now is not called fresh")
         outbox.renew_streams(db)
         seen.add_distrust(db, time.time_ns() // 1_000_000, "", "")
-
-
-def _machine_id() -> bytes:
-    """b"" where there is none: then a store that moved is not noticed."""
-    try:
-        return MACHINE_ID.read_bytes().strip()
-    except OSError:
-        return b""
 
 
 def _directory(place: str | Path | PostgresPlace) -> Path:

@@ -57,6 +57,7 @@ class Commits(Protocol):
     async def write(self, operation: Operation[T]) -> T: ...
     async def read(self, operation: Operation[T]) -> T: ...
     def later(self, operation: Operation[object], then: Callable[[], object] | None = None) -> None: ...
+    async def claim(self, name: str) -> bool: ...
     def check_open(self) -> None: ...
     async def close(self) -> None: ...
 
@@ -103,6 +104,11 @@ class Writer:
     def failing(self) -> bool:
         """Whether the last write found the store full, locked, read-only or damaged."""
         return self._failing
+
+    async def claim(self, name: str) -> bool:
+        """True: `Store.claim`."""
+        self.check_open()
+        return True
 
     async def close(self) -> None:
         """Finish what was submitted, then close the connection."""
