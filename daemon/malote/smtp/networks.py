@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import lru_cache
 from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
 
 UNIX = "unix"           # the peer of a UNIX socket, which has no address
@@ -13,6 +14,7 @@ Address = IPv4Address | IPv6Address
 IPV6_CLIENT_BITS = 64   # what one client is given at least (RFC 6177); counting single addresses would count nothing
 
 
+@lru_cache(maxsize=4096)        # the same clients come again and again; reading an address costs as much as a command
 def parse_address(text: str) -> Address | None:
     """None for what is no address. A zone is dropped; an IPv4 address written as IPv6 (`::ffff:192.0.2.1`) is the IPv4 one."""
     try:
@@ -28,6 +30,7 @@ def is_loopback(peer: str) -> bool:
     return address is not None and address.is_loopback
 
 
+@lru_cache(maxsize=4096)
 def client_key(peer: str) -> str:
     """What is counted as one client: an IPv4 address, the network of an IPv6 address. "" for those that are not counted."""
     address = parse_address(peer)
