@@ -11,7 +11,7 @@ from typing import Any, get_args
 import pytest
 from pydantic import BaseModel
 
-from malote.config import Config, Security, config_faults, load_config, parse_config
+from malote.config import Config, Security, UpstreamConfig, config_faults, load_config, parse_config
 from malote.errors import ConfigError, ExitCode
 
 EXAMPLE = Path(str(resources.files("malote"))) / "malote.example.toml"
@@ -19,7 +19,7 @@ ACCOUNT = {"name": "a", "host": "imap.example.org", "username": "a@example.org",
 
 
 def uncommented() -> dict[str, Any]:
-    lines = [re.sub(r"^# (?=[a-z_]+ = |\[\[)", "", line) for line in EXAMPLE.read_text().splitlines()]
+    lines = [re.sub(r"^# (?=[a-z_]+ = |\[)", "", line) for line in EXAMPLE.read_text().splitlines()]
     return tomllib.loads("\n".join(lines))
 
 
@@ -58,10 +58,48 @@ def test_example_is_at_the_defaults() -> None:
     assert rule == type(rule)()
     for name in ("enabled", "seal_to_self", "fold", "partial_failure", "domains", "seal_tag", "clear_tag"):
         assert getattr(ours.outgoing, name) == getattr(default.outgoing, name)
+    [opening] = ours.incoming.listeners
+    for name, field in type(opening).model_fields.items():
+        if not field.is_required():
+            assert getattr(opening, name) == field.get_default(), name
+    named = {"host", "port", "protocol", "security"}        # there for example
+    assert opening.upstream.model_dump(exclude=named) == UpstreamConfig().model_dump(exclude=named)
     [account] = ours.accounts
     for name, field in type(account).model_fields.items():
         if not field.is_required():
             assert getattr(account, name) == field.get_default(), name
+
+
+OPENING = {"quarantine": "refuse", "upstream": {"host": "127.0.0.1", "security": "none"}}
+
+
+@pytest.mark.parametrize(("changes", "fault"), [
+    ({}, None),
+    ({"quarantine": "{local}+quarantine@{domain}"}, None),
+    ({"quarantine": "nowhere"}, "quarantine: must be"),
+    ({"quarantine": "a@b.example\r\nDATA"}, "quarantine: must be"),
+    ({"host": "192.0.2.1", "tls": "tls", "certificate": "/c", "certificate_key": "/k"}, "networks: must name"),
+    ({"host": "192.0.2.1", "networks": ["192.0.2.0/24"]}, 'tls: "none"'),
+    ({"host": "192.0.2.1", "networks": ["0.0.0.0/0"], "tls": "tls", "certificate": "/c", "certificate_key": "/k"}, "networks:"),
+    ({"tls": "tls"}, "certificate: tls"),
+    ({"late_days": 201}, "late_days: must be at most half"),
+    ({"port": 2525}, "has the address of another listener"),
+    ({"upstream": {"host": "192.0.2.1", "security": "none"}}, 'upstream.security: "none"'),
+    ({"upstream": {}}, "upstream.host: must be set"),
+])
+def test_an_opening_listener_that_would_lose_or_show_mail_is_a_fault(changes: dict[str, Any], fault: str | None) -> None:
+    """Said before the daemon starts, with the key."""
+    table = {"incoming": {"listeners": [OPENING | changes]}, "outgoing": {"upstream": {"host": "smtp.example.org"}}}
+    faults = config_faults(parse_config(table, source="test"))
+    assert len(faults) == (fault is not None), faults
+    for said in faults:
+        assert said.startswith("incoming.listeners.1")
+        assert str(fault) in said
+
+
+def test_opening_mail_alone_is_something_to_do() -> None:
+    table = {"incoming": {"listeners": [OPENING]}, "outgoing": {"enabled": False}}
+    assert config_faults(parse_config(table, source="test")) == []
 
 
 def test_example_can_be_copied_as_it_is() -> None:

@@ -289,6 +289,7 @@ class Config(Section):
     metrics: MetricsConfig = MetricsConfig()
     audit: AuditConfig = AuditConfig()
     outgoing: OutgoingConfig = OutgoingConfig()
+    incoming: IncomingConfig = IncomingConfig()
     limits: LimitsConfig = LimitsConfig()
     accounts: tuple[AccountConfig, ...] = ()
 
@@ -370,7 +371,7 @@ def config_faults(config: Config) -> list[str]:
     if config.audit.required and config.audit.file is None:
         faults.append("audit.file: must be set with audit.required; name the file, or remove audit.required")
     if config.outgoing.enabled:
-        faults += _upstream_faults(config.outgoing.upstream)
+        faults += _upstream_faults("outgoing.upstream", config.outgoing.upstream, ", or set outgoing.enabled = false")
         places = [listener.place for listener in config.outgoing.listeners]
         for number, listener in enumerate(config.outgoing.listeners, 1):
             faults += [f"outgoing.listeners.{number}.{fault}" for fault in _listener_faults(listener, config.outgoing.upstream)]
@@ -378,8 +379,9 @@ def config_faults(config: Config) -> list[str]:
                 faults.append(f"outgoing.listeners.{number}: has the address of outgoing.listeners.{first}; each needs its own")
         if not config.outgoing.listeners:
             faults.append("outgoing.listeners: there is none; remove the key for the default, or set outgoing.enabled = false")
-    elif not config.accounts:
-        faults.append("outgoing.enabled: is false and there are no accounts: nothing would be done")
+    elif not config.accounts and not config.incoming.listeners:
+        faults.append("outgoing.enabled: is false, and there are no accounts and no incoming.listeners: nothing would be done")
+    faults += _incoming_faults(config)
     names = [account.name for account in config.accounts]
     for number, account in enumerate(config.accounts, 1):
         faults += [f"accounts.{number}.{fault}" for fault in _account_faults(account, config.store.remember_days)]
@@ -398,10 +400,9 @@ def _store_faults(store: StoreConfig) -> Iterator[str]:
         yield "store.url: must be set with password_file or ca_file, which are for a database; or remove those"
 
 
-def _upstream_faults(upstream: UpstreamConfig) -> Iterator[str]:
-    key = "outgoing.upstream"
+def _upstream_faults(key: str, upstream: UpstreamConfig, way_out: str = "") -> Iterator[str]:
     if not upstream.host and not upstream.socket:
-        yield f"{key}.host: must be set; name the server that carries your mail on, or set outgoing.enabled = false"
+        yield f"{key}.host: must be set; name the server that carries your mail on{way_out}"
     if upstream.host and upstream.security is Security.NONE and not is_loopback(upstream.host):
         yield f'{key}.security: "none" would send mail in clear over the network; use "starttls" or "tls"'
     if upstream.username and not upstream.password_file and not upstream.token_command:

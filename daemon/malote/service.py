@@ -31,6 +31,7 @@ from malote.core.primitives import check_post_quantum
 from malote.core.rules import rule_faults
 from malote.credentials import upstream_credentials
 from malote.errors import ConfigError, MaloteError, StoreUnavailable
+from malote.gateways import Gateways
 from malote.identities import Keyring
 from malote.logs import configure_logs, hook_uncaught
 from malote.membership import Membership
@@ -104,6 +105,7 @@ class Service:
     _budget: MemoryBudget = field(default_factory=lambda: MemoryBudget(0))
     _inflight: InFlight = field(default_factory=InFlight)
     _accounts: Accounts = field(init=False)
+    _gateways: Gateways = field(init=False)
     _oversight: Oversight = field(init=False)
     _running: bool = False
     _keys_open: bool = True
@@ -125,6 +127,8 @@ class Service:
         if self.post is not None:
             self._budget.shared = self.post.siblings.memory(self.post.slot)
         self._connections = Connections(self.config.limits.connections)
+        self._gateways = Gateways(self.store, self.keyring, connections=self._connections, budget=self._budget, host=self.host,
+                                  clock=now_ms, sockets=self._given_sockets, slot=self.slot or 0)
         self._hear_signals()
         membership = await self._join()
         try:
@@ -176,8 +180,9 @@ class Service:
 
     def _say_ready(self) -> None:
         addresses = [f"{host}:{port}" for listener in self._listeners.values() for host, port in listener.addresses]
+        addresses += [f"{host}:{port}" for host, port in self._gateways.addresses]
         log.info("ready", listening=addresses, accounts=self._accounts.names, identities=len(self.keyring.identities))
-        self._manager.ready(f"listening on {len(self._listeners)}, watching {len(self._accounts.names)}")
+        self._manager.ready(f"listening on {len(self._listeners) + len(self._gateways)}, watching {len(self._accounts.names)}")
 
     async def _join(self) -> Membership | None:
         """None: nobody else can share the store."""
@@ -194,6 +199,7 @@ class Service:
         """No new work, then what is under way is finished, then everything is closed."""
         for listener in self._listeners.values():
             listener.close()
+        self._gateways.stop_listening()
         keeping = asyncio.create_task(membership.keep()) if membership is not None else None
         cut_off, _ = await asyncio.gather(self._connections.drain(DRAIN_SECONDS), self._accounts.stop())
         if membership is not None and keeping is not None:
@@ -203,6 +209,7 @@ class Service:
             log.warning("connections cut off at the end", count=cut_off)
         for build in (*self._retired, *([self._outgoing] if self._outgoing else [])):
             await build.close()
+        await self._gateways.close()
         await self._oversight.close()
         log.info("stopped")
 
@@ -211,9 +218,15 @@ class Service:
     async def _apply(self, config: Config) -> None:
         """Build what differs from what runs. Raises `ConfigError`; then nothing has changed."""
         check_accounts(config)
-        async with self._oversight.applying(config):
-            await self._apply_outgoing(config)
-            await self._accounts.apply(config)
+        gateways = await self._gateways.prepare(config)
+        try:
+            async with self._oversight.applying(config):
+                await self._apply_outgoing(config)
+                self._gateways.apply(gateways, config.limits)
+                await self._accounts.apply(config)
+        except BaseException:
+            await self._gateways.drop(gateways)
+            raise
         self._connections.renew(config.limits)
         self._budget.total_bytes = config.limits.memory_budget
         self.config = config
@@ -346,10 +359,13 @@ class Service:
         for build in [build for build in self._retired if used.isdisjoint(build.desks.values())]:
             self._retired.remove(build)
             await build.close()
+        await self._gateways.close_retired(used)
 
     async def _upkeep(self) -> None:
         while True:
-            late_days = max((account.late_days for account in self.config.accounts), default=7)
+            windows = [account.late_days for account in self.config.accounts]
+            windows += [opening.late_days for opening in self.config.incoming.listeners]
+            late_days = max(windows, default=7)
             try:
                 await self.store.expire_journal(now_ms(), self.config.limits.retry_memory_hours)
                 await self.store.expire(now_ms(), self.config.store.remember_days, late_days=late_days)
@@ -368,7 +384,8 @@ class Service:
 
 def listeners_of(config: Config) -> dict[Place, ListenerConfig]:
     """All that a service with this configuration listens on."""
-    return {listener.place: listener for listener in config.outgoing.listeners} if config.outgoing.enabled else {}
+    sealing = {listener.place: listener for listener in config.outgoing.listeners} if config.outgoing.enabled else {}
+    return sealing | {opening.place: opening.listener for opening in config.incoming.listeners}
 
 
 def load_checked(config: Config, path: Path | None) -> Config:

@@ -1,0 +1,195 @@
+"""The opening listener in the daemon, between real servers: Postfix in front, Dovecot or another Postfix behind."""
+
+from __future__ import annotations
+
+import smtplib
+import socket
+import sys
+import time
+from collections.abc import Callable
+from email import message_from_bytes
+
+import pytest
+
+from lab import killed
+from lab.daemon import Daemon, Home, free_port
+from lab.incoming import Sender, note, verdicts
+from lab.servers import HOST, Dovecot, Lab, Postfix
+from malote.core.card import armor, parse_armored
+from malote.core.outer import outer_headers
+from malote.core.seal import SealRecipient, seal
+from malote.incoming.watcher import now_ms
+
+QUARANTINE = "gateway-quarantine@test.example"
+
+
+@pytest.fixture(scope="module")
+def users(dovecot: Dovecot) -> Callable[[], str]:
+    names = [f"gw{number}@test.example" for number in range(20)]
+    dovecot.add_users([QUARANTINE, *names])
+    return iter(names).__next__
+
+
+def gateway(home: Home, port: int, next_hop: int, *, protocol: str = "lmtp", next_protocol: str = "lmtp", more: str = "",
+            limits: str = "") -> None:
+    home.configure(f"""
+[outgoing]
+enabled = false
+[[incoming.listeners]]
+port = {port}
+protocol = "{protocol}"
+quarantine = "{QUARANTINE}"
+{more}
+[incoming.listeners.upstream]
+host = "{HOST}"
+port = {next_hop}
+protocol = "{next_protocol}"
+security = "none"
+[limits]
+{limits}
+""")
+
+
+def make_keys(home: Home, *addresses: str) -> Sender:
+    """Keys for these people, and somebody whose card the gateway holds."""
+    sender = Sender()
+    for address in addresses:
+        home.keys("new", address, "--algorithm", "ed25519")
+    card = home.root / "anna.card"
+    card.write_text(armor(sender.identity.card))
+    home.keys("import", str(card))
+    time.sleep(0.002)       # what is sealed in the millisecond of the import is from before it
+    return sender
+
+
+def sealed(home: Home, sender: Sender, original: bytes, *addresses: str, key_of: str = "") -> bytes:
+    cards = {address: parse_armored(home.keys("export", key_of or address))[0] for address in addresses}
+    sent = now_ms()
+    recipients = [SealRecipient(address, cards[address].encryption_key(sent), "to", sender.stream[:7] + bytes([number]), 1, 0)
+                  for number, address in enumerate(addresses)]
+    outer = outer_headers(original, sent_at_ms=sent, sender_domain="sender.example", received=b"", known_outer_ids={})
+    return seal(original, identity=sender.identity, recipients=recipients, submission_id=sender.stream * 2, sent_at_ms=sent,
+                outer=outer).raw
+
+
+def hand_in(postfix: Postfix, raw: bytes, *recipients: str) -> None:
+    with smtplib.SMTP(HOST, postfix.port, timeout=30) as client:
+        client.sendmail("anna@sender.example", recipients, raw)
+
+
+def wait_for(dovecot: Dovecot, user: str, count: int, daemon: Daemon) -> list[bytes]:
+    daemon.until(lambda: len(dovecot.messages(user)) >= count, f"{count} messages for {user}")
+    return [raw.replace(b"\r\n", b"\n") for raw in dovecot.messages(user)]
+
+
+def drained(postfix: Postfix, daemon: Daemon) -> None:
+    daemon.until(lambda: postfix.queued() == 0, "an empty queue")
+
+
+def test_between_postfix_and_dovecot_by_lmtp(home: Home, lab: Lab, dovecot: Dovecot, users: Callable[[], str]) -> None:
+    """Sealed for one, with the key of the domain for another, and plain for both: each gets what is his, once."""
+    anna, ben, port = users(), users(), free_port()
+    gateway(home, port, dovecot.lmtp_port)
+    sender = make_keys(home, anna, "@test.example")
+    front = lab.postfix(f"lmtp:inet:{HOST}:{port}")
+    original, plain = note(to=anna), note(to=f"{anna}, {ben}", subject="plain")
+    with home.daemon() as daemon:
+        raw = sealed(home, sender, original, anna)
+        hand_in(front, raw, anna)
+        hand_in(front, sealed(home, Sender("eve@sender.example"), original, ben, key_of="@test.example"), ben)
+        hand_in(front, plain, anna, ben)
+        [*for_anna] = wait_for(dovecot, anna, 2, daemon)
+        [*for_ben] = wait_for(dovecot, ben, 2, daemon)
+        hand_in(front, raw, anna)
+        daemon.wait_for_log('"verdict": "DUPLICATE"')
+        drained(front, daemon)
+        assert len(dovecot.messages(anna)) == 2
+    front.stop()
+    opened = [each for each in for_anna if b"Malote-Verdict" in each]
+    assert verdicts([message_from_bytes(each) for each in opened]) == ["FRESH"]
+    assert opened[0].endswith(original.replace(b"\r\n", b"\n"))
+    assert verdicts([message_from_bytes(each) for each in for_ben if b"Malote-Verdict" in each]) == ["UNKNOWN-SENDER"]
+    assert sum(each.endswith(plain.replace(b"\r\n", b"\n")) for each in for_anna + for_ben) == 2
+    log = daemon.text()
+    assert anna not in log
+    assert "Guten Tag" not in log
+
+
+def test_between_two_postfix_by_smtp(home: Home, lab: Lab, dovecot: Dovecot, users: Callable[[], str]) -> None:
+    """SMTP in and out, and two recipients in one transaction whose bodies differ."""
+    anna, ben, port = users(), users(), free_port()
+    back = lab.postfix(dovecot.lmtp_hop)
+    gateway(home, port, back.port, protocol="smtp", next_protocol="smtp")
+    sender = make_keys(home, anna, ben)
+    front = lab.postfix(f"smtp:[{HOST}]:{port}")
+    original = note(to=f"{anna}, {ben}")
+    with home.daemon() as daemon:
+        hand_in(front, sealed(home, sender, original, anna, ben), anna, ben)
+        arrived = {user: wait_for(dovecot, user, 1, daemon) for user in (anna, ben)}
+        drained(front, daemon)
+        drained(back, daemon)
+    for server in (front, back):
+        server.stop()
+    for user, messages in arrived.items():
+        assert verdicts([message_from_bytes(each) for each in messages]) == ["FRESH"]
+        assert user in " ".join(str(message_from_bytes(messages[0])["Malote-Verdict"]).split())
+        assert messages[0].endswith(original.replace(b"\r\n", b"\n"))
+
+
+@pytest.mark.parametrize("step", killed.STEPS)
+def test_killed_between_the_next_servers_answer_and_ours(
+        step: str, home: Home, lab: Lab, dovecot: Dovecot, users: Callable[[], str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Postfix brings the message again. Written down: the second is DUPLICATE. Not yet: it is delivered again, and says that it
+    may be the second (nobody can know). Never lost, and never twice as if nothing had happened."""
+    anna, port = users(), free_port()
+    gateway(home, port, dovecot.lmtp_port, limits="reply_within_seconds = 2.0")
+    sender = make_keys(home, anna)
+    front = lab.postfix(f"lmtp:inet:{HOST}:{port}")
+    monkeypatch.setattr("lab.daemon.MALOTE", (sys.executable, killed.__file__))
+    raw = sealed(home, sender, note(to=anna), anna)
+    doomed = home.daemon()
+    with doomed.start(MALOTE_TEST_STEP=step):
+        hand_in(front, raw, anna)
+        assert doomed.wait() == -9
+    monkeypatch.undo()
+    before = len(dovecot.messages(QUARANTINE))
+    with home.daemon() as daemon:
+        drained(front, daemon)
+    front.stop()
+    messages = [message_from_bytes(each) for each in dovecot.messages(anna)]
+    quarantined = dovecot.messages(QUARANTINE)[before:]
+    assert "FRESH" in verdicts(messages)
+    notes = sorted("notes=AGAIN" in " ".join(str(message["Malote-Verdict"]).split()) for message in messages)
+    if step == "written down":
+        assert (notes, len(quarantined)) == ([False], 1)
+    else:
+        assert (notes, len(quarantined)) == ([False, True], 0)
+
+
+def test_a_reload_takes_the_listener_with_it(home: Home, dovecot: Dovecot, users: Callable[[], str]) -> None:
+    """Another protocol on the same port, a listener that is gone, and one that cannot be opened: that changes nothing."""
+    port, other = free_port(), free_port()
+    gateway(home, port, dovecot.lmtp_port)
+    with home.daemon() as daemon:
+        assert greeting(port).startswith(b"500")
+        gateway(home, port, dovecot.lmtp_port, protocol="smtp")
+        daemon.reload()
+        assert greeting(port).startswith(b"250")
+        gateway(home, other, dovecot.lmtp_port, more='tls = "starttls"\ncertificate = "/nowhere"\ncertificate_key = "/nowhere"')
+        daemon.reload()
+        assert greeting(port).startswith(b"250")
+        gateway(home, other, dovecot.lmtp_port)
+        daemon.reload()
+        assert greeting(other).startswith(b"500")
+        with pytest.raises(ConnectionRefusedError):
+            greeting(port)
+        assert daemon.stop() == 0
+
+
+def greeting(port: int) -> bytes:
+    """What EHLO is answered: LMTP does not know it."""
+    with socket.create_connection((HOST, port), timeout=20) as sock:
+        file = sock.makefile("rb")
+        file.readline()
+        sock.sendall(b"EHLO client.test.example\r\n")
+        return file.readline()
