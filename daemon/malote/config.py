@@ -194,6 +194,7 @@ class RuleConfig(Section):
     mixed: Literal["refuse", "split"] = "refuse"
     accept_encrypted: bool = False          # whether OpenPGP or S/MIME mail counts as sealed
     list: bool = False                      # recipients here come from an expanded list: up to 100 share a copy
+    shadow: bool = False                    # on trial: the table is obeyed without it, what it would change is written down
 
     @property
     def on_content(self) -> bool:
@@ -217,6 +218,7 @@ class OutgoingConfig(Section):
     seal_to_self: bool = False
     fold: bool = True
     partial_failure: Literal["personal", "relay"] = "personal"
+    shadow: bool = False                    # NOTHING IS SEALED: all mail passes as it came, and what the rules would do is noted
 
 
 class OpeningConfig(Section):

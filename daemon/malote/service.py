@@ -39,6 +39,7 @@ from malote.notify import Manager, Systemd
 from malote.outgoing.inflight import InFlight
 from malote.outgoing.memory import return_large_blocks
 from malote.outgoing.sender import Sender
+from malote.outgoing.shadow import shadow_warnings
 from malote.outgoing.submission import Submissions
 from malote.outgoing.users import Users, load_users
 from malote.oversight import Oversight, State
@@ -281,6 +282,8 @@ class Service:
 
     def _build_outgoing(self, config: Config) -> Outgoing:
         upstream_config = config.outgoing.upstream
+        for text in shadow_warnings(config.outgoing):
+            log.warning("shadow mode", what=text)
 
         async def credentials() -> Credentials:
             return await upstream_credentials(upstream_config)

@@ -11,13 +11,14 @@ from pathlib import Path
 
 import click
 
-from malote.cli.findings import Finding, Findings, State, fault, ok
+from malote.cli.findings import Finding, Findings, State, fault, ok, warning
 from malote.cli.probes import clock_probe, crypto_probe, keys_probe, listener_probe, store_probe
 from malote.cli.server_probes import account_probe, upstream_probe
 from malote.cli.settings import Settings
 from malote.config import Config, config_faults
 from malote.core.rules import rule_faults
 from malote.errors import ConfigError, ExitCode, MaloteError
+from malote.outgoing.shadow import shadow_warnings
 from malote.store import PostgresPlace, Store
 from malote.terminal import fitted
 
@@ -115,10 +116,16 @@ def _probes(config: Config, store: Store | None, error: MaloteError | None, plac
     if config.outgoing.enabled:
         for listener in config.outgoing.listeners:
             yield "listener", listener_probe(listener)
+        yield "shadow mode", shadow_probe(config)
         yield "sending", upstream_probe(config)
     for account in config.accounts:
         yield f"account {account.name}", account_probe(account, newest)
     yield "clock", clock_probe(store, newest)
+
+
+async def shadow_probe(config: Config) -> Findings:
+    for text in shadow_warnings(config.outgoing):
+        yield warning("shadow mode", text, "look at malote log --shadow, then set shadow = false")
 
 
 def _say(finding: Finding) -> None:

@@ -74,7 +74,11 @@ def _print(explanation: Explanation, *, whole: bool) -> None:
         _say(f"    {answer.reason}")
         _say(f"    {_rule(answer)}{_asked(answer)}")
         _say(f"    {_card(answer.card) if answer.card else 'no card' + (', but there was one' if answer.had_card else '')}")
+    for answer in explanation.trial:
+        _say(f"with the rules on trial {answer.recipient}: {WORDS[answer.action]} ({answer.reason})")
     click.echo()
+    if explanation.shadow:
+        _say(click.style("shadow mode", fg="red") + ": this is not obeyed, the mail leaves as it came; if it were:")
     if explanation.refusal:
         for line in explanation.refusal.splitlines():
             _say(click.style("nothing would be sent: ", fg="red") + line)

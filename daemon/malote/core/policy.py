@@ -119,8 +119,11 @@ class MessageDecision:
 class Policy:
     """The table of one configuration, ready to be asked. Raises `FormatError` for a table with faults (`rules.rule_faults`)."""
 
-    def __init__(self, config: OutgoingConfig = DEFAULT_CONFIG) -> None:
-        self.table = Table(config.rules, config.domains)
+    def __init__(self, config: OutgoingConfig = DEFAULT_CONFIG, *, trial: bool = False) -> None:
+        """`trial`: with the rules that have `shadow`."""
+        self.table = Table(config.rules, config.domains, trial=trial)
+        self.shadow = config.shadow     # asked all the same, and not obeyed
+        self.trial = None if trial or not any(rule.shadow for rule in config.rules) else Policy(config, trial=True)
         self.tags = (make_tag(config.seal_tag), make_tag(config.clear_tag))
         self._tag = config.seal_tag
 
@@ -146,7 +149,7 @@ class Policy:
     def _decide(self, message: MessageFacts, recipient: RecipientFacts, met: dict[int, bool]) -> Decision:
         """`met`: of the rules with conditions, which this message meets; filled as they are asked."""
         asked_no = message.control == "no"
-        if not self.table.rules and not asked_no:
+        if self.table.empty and not asked_no:
             return self._join(message, recipient, _NO_RULES)
         rows: list[Row] = []
         for row in self.table.walk(message.sender, recipient.address):
@@ -243,6 +246,12 @@ def _decide_action(level: Level, possible: bool, encrypted: Encrypted, accept_en
     if level is Level.PREFER:
         return Action.PLAIN, covered, "no card"
     return Action.REFUSE, False, ""
+
+
+def let_pass(recipient: str) -> Decision:
+    """In shadow mode (`outgoing.shadow`): it leaves as it came, whatever the rules say."""
+    return Decision(recipient, Action.PLAIN, Level.NEVER, None, "shadow mode, nothing is enforced", "split", False, False,
+                    floor=Level.NEVER, ceiling=Level.NEVER)
 
 
 # ---- what a refusal says: who, what is missing, that nothing was sent, and the way out

@@ -85,29 +85,32 @@ DEFAULT_ROW = Row(-1, RuleConfig(), None, None, None)
 
 
 class Table:
-    """The rules and our domains. Raises `FormatError` for a pattern that is none (`rule_faults` names all)."""
+    """The rules and our domains. Raises `FormatError` for a pattern that is none (`rule_faults` names all). `trial`: those with
+    `shadow` count too."""
 
-    def __init__(self, rules: Sequence[RuleConfig] = (), domains: Iterable[str] = ()) -> None:
+    def __init__(self, rules: Sequence[RuleConfig] = (), domains: Iterable[str] = (), *, trial: bool = False) -> None:
         self.rules = tuple(rules)
         self._domains = frozenset(_domain_pattern(domain) for domain in domains)
         self._rows = [_row(index, rule) for index, rule in enumerate(self.rules)]
         self._by_recipient: dict[str, list[int]] = defaultdict(list)
         self._by_sender: dict[str, list[int]] = defaultdict(list)
         self._for_all: list[int] = []
-        self._file()
-        self.asks_sender = any(rule.on_sender for rule in self.rules)
-        self.asks_content = any(rule.on_content for rule in self.rules)
+        rows = [row for row in self._rows if trial or not row.rule.shadow]
+        self._file(rows)
+        self.empty = not rows
+        self.asks_sender = any(row.rule.on_sender for row in rows)
+        self.asks_content = any(row.rule.on_content for row in rows)
         self.wanted = Wanted(
-            frozenset(header.name for row in self._rows if row.conditions for header in row.conditions.headers)
-            | ({"subject"} if any(rule.subjects for rule in self.rules) else set()),
-            any(rule.kinds for rule in self.rules))
+            frozenset(header.name for row in rows if row.conditions for header in row.conditions.headers)
+            | ({"subject"} if any(row.rule.subjects for row in rows) else set()),
+            any(row.rule.kinds for row in rows))
         # the first rule filed under its senders, whom RCPT does not show, under which mail without a card could leave
-        self._first_open = min((row.index for row in self._rows if row.recipients is None and row.senders is not None
+        self._first_open = min((row.index for row in rows if row.recipients is None and row.senders is not None
                                 and row.conditions is None and row.lets_pass), default=len(self.rules))
 
-    def _file(self) -> None:
+    def _file(self, rows: Iterable[Row]) -> None:
         ended = False       # rows for all after the first that always matches are never reached
-        for row in self._rows:
+        for row in rows:
             if row.recipients is not None:
                 for key in row.recipients:
                     self._by_recipient[key].append(row.index)
@@ -200,6 +203,9 @@ def rule_faults(config: OutgoingConfig) -> list[str]:
     for key, tag in (("seal_tag", config.seal_tag), ("clear_tag", config.clear_tag)):
         if fault := tag_fault(tag):
             faults.append(f"outgoing.{key}: {fault}")
+    if config.shadow:
+        faults += [f"outgoing.rules.{index}.shadow: means nothing with outgoing.shadow = true; remove one of the two"
+                   for index, rule in enumerate(config.rules, 1) if rule.shadow]
     one, other = config.seal_tag.lower(), config.clear_tag.lower()
     if one and other and (one in other or other in one):
         faults.append("outgoing.clear_tag: and seal_tag must not be part of each other")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import cast
 
 from malote.config import Config
@@ -15,7 +15,7 @@ from malote.core.address import canonical_address, domain_of
 from malote.core.card import parse_card
 from malote.core.identity import Identity
 from malote.core.message import prepare
-from malote.core.policy import Action, MessageFacts, RecipientFacts, Why
+from malote.core.policy import Action, MessageFacts, Policy, RecipientFacts, Why
 from malote.errors import MaloteError
 from malote.outgoing.groups import Member, group_members
 from malote.outgoing.identities import Submitter
@@ -70,6 +70,8 @@ class Explanation:
     recipients: tuple[Answer, ...]
     refusal: str                    # the reply to the whole message; "": it is taken
     copies: tuple[CopyShown, ...] = field(default=())
+    shadow: bool = False            # none of this is obeyed: all mail passes as it came
+    trial: tuple[Answer, ...] = ()  # whom the rules on trial would treat otherwise
 
 
 async def explain(store: Store, config: Config, sender: str, recipients: Sequence[str], content: bytes | None, *,
@@ -80,10 +82,18 @@ async def explain(store: Store, config: Config, sender: str, recipients: Sequenc
     now_ms = time.time_ns() // 1_000_000
     desk = Submissions(
         # who signs is only looked up, so the locked ones do
-        config=config.outgoing, limits=config.limits, store=store, host=host, clock_ms=lambda: now_ms,
-        identities=lambda: cast("Mapping[str, Identity]", identities))
+        config=config.outgoing.model_copy(update={"shadow": False}), limits=config.limits, store=store, host=host,
+        clock_ms=lambda: now_ms, identities=lambda: cast("Mapping[str, Identity]", identities))
     try:
-        return await _Question(store, desk, identities).ask(canonical_address(sender) if sender else "", recipients, content)
+        question = _Question(store, desk, identities)
+        sender = canonical_address(sender) if sender else ""
+        told = replace(await question.ask(sender, recipients, content), shadow=config.outgoing.shadow)
+        if desk.policy.trial is None:
+            return told
+        desk.policy = desk.policy.trial
+        tried = await question.ask(sender, recipients, content)
+        before = {each.recipient: each.action for each in told.recipients}
+        return replace(told, trial=tuple(each for each in tried.recipients if each.action != before[each.recipient]))
     finally:
         desk.close()
 
@@ -93,7 +103,10 @@ class _Question:
         self._store = store
         self._desk = desk
         self._identities = identities
-        self._policy = desk.policy
+
+    @property
+    def _policy(self) -> Policy:
+        return self._desk.policy
 
     async def ask(self, sender: str, recipients: Sequence[str], content: bytes | None) -> Explanation:
         if content is None:

@@ -32,6 +32,7 @@ from malote.core.policy import (
     RecipientFacts,
     decide_refusal,
     left_out_reply,
+    let_pass,
     named,
     refusal_of,
 )
@@ -58,6 +59,8 @@ from malote.outgoing.identities import Submitter, check_own, decide_signer
 from malote.outgoing.inflight import InFlight, Turn
 from malote.outgoing.notify import may_notify, notify_sender, wants_notice
 from malote.outgoing.recorder import Recorder
+from malote.outgoing.shadow import Reason, Would, tell, would
+from malote.outgoing.shadow import entries as shadow_entries
 from malote.outgoing.transaction import Recipient, Transaction
 from malote.smtp.desk import ClientSession, Params
 from malote.store.records import KnownMessage, OutcomeEntry, SendIntent, SendPlan, SendRecipient, SendRow, SendState
@@ -128,16 +131,15 @@ class Submissions:
         """Look up the card and decide what the envelope alone shows. Raises `KeyMissing`, `PolicyRefused` for a refusal."""
         policy = self.policy
         found = await self.cards.find(address, self.clock_ms())
-        facts = RecipientFacts(address, found.card is not None, found.had_card)
-        decision = policy.decide_recipient(MessageFacts(sender), facts)
+        decision = policy.decide_recipient(
+            MessageFacts(sender), RecipientFacts(address, found.card is not None, found.had_card))
         routes = tuple([await self._facts(target) for target in routed_addresses(address)])
-        if decision.action is Action.PLAIN:
-            _check_routes(policy, MessageFacts(sender), routes)
-        if decision.action is Action.REFUSE:
-            refused = policy.decide_envelope(facts, sender)
-            if refused is not None:
-                raise refusal_of([refused])
-        return Recipient(address, path, params, found.card, found.had_card, decision, policy, routes)
+        recipient = Recipient(address, path, params, found.card, found.had_card, decision, policy, routes)
+        if policy.shadow:
+            recipient.decision = let_pass(address)
+        else:
+            _check_envelope(policy, recipient, sender)
+        return recipient
 
     async def _facts(self, address: str) -> RecipientFacts:
         found = await self.cards.find(address, self.clock_ms())
@@ -174,6 +176,8 @@ class Submissions:
                     line: Line) -> Finished:
         deadline = asyncio.get_running_loop().time() + self._limits.reply_within_seconds
         policy = self.policy
+        if policy.shadow:
+            return await self._pass(session, tx, submitter, content, line, deadline)
         prepared = await self._work(len(content), prepare, content, *policy.tags)   # 512 KB of header take a third of a second
         line.from_address = prepared.from_address
         check_own(submitter, prepared.from_address)
@@ -185,6 +189,8 @@ class Submissions:
         try:
             plan = await self._begin(submitter, prepared, identity, digest, recipients, tx, deadline)
             line.id = plan.submission_id.hex()
+            if policy.trial is not None:
+                self._write_shadow(line, _changes(recipients.values()))
             try:
                 letter = await self._letter(session, prepared, identity, recipients, plan, known)
             except BaseException:
@@ -198,6 +204,82 @@ class Submissions:
             return await self._deliver(delivery, shown, plan, turn, tx, line)
         finally:
             self._inflight.give_back(key, turn)
+
+    async def _pass(self, session: ClientSession, tx: Transaction, submitter: Submitter, content: bytearray, line: Line,
+                    deadline: float) -> Finished:
+        """In shadow mode: the bytes as they came, for everybody; what the rules would have done is only written down."""
+        judged = await self._judge(tx, submitter, content, line)
+        recipients = {recipient.address: recipient for recipient in tx.recipients}
+        for recipient in recipients.values():
+            recipient.decision, recipient.action = let_pass(recipient.address), Action.PLAIN
+        original = bytes(content)
+        digest = await self._work(len(original), hmac_sha256, await self._store.local_key("journal"), original)
+        key = (submitter.login, line.from_address, digest)
+        turn = self._inflight.take(key) or await self._wait_for_turn(key, tx, deadline)
+        try:
+            intent = SendIntent(submitter.login, line.from_address, b"", digest,
+                                [SendRecipient(address, sealed=False) for address in recipients], self.clock_ms())
+            plan = self._store.begin_plain(intent) or await self._begin_alone(intent, tx, deadline)
+            line.id = plan.submission_id.hex()
+            letter = Letter(
+                original=original, message_id="", sender_address=line.from_address, identity=None, recipients=recipients,
+                rows={row.address: row for row in plan.rows}, submission_id=plan.submission_id, sent_at_ms=plan.sent_at_ms,
+                received=received_line(self._host, session.protocol, self.clock_ms()), known_outer_ids={}, fold=False,
+                shown=frozenset())
+            delivery = Delivery(letter, tx.lane, tx.sender, tx.params, deadline, session.keep_going, self._executor)
+            finished = await self._deliver(delivery, frozenset(), plan, turn, tx, line)
+            if line.outcome == "plain":
+                line.outcome = "shadow"
+            self._write_shadow(line, judged)
+            return finished
+        finally:
+            self._inflight.give_back(key, turn)
+
+    async def _judge(self, tx: Transaction, submitter: Submitter, content: bytearray, line: Line) -> list[Would]:
+        """What enforcement would do. Raises only what is no matter of the rules: a loop, and a From that a bound login may not
+        use."""
+        line.from_address = tx.sender
+        policy, judged = self.policy, []
+        asked: dict[str, Recipient] = {}
+        for each in tx.recipients:
+            decision = policy.decide_recipient(MessageFacts(tx.sender), each.facts)
+            like = Recipient(each.address, each.path, each.params, each.card, each.had_card, decision, policy, each.routes)
+            try:
+                _check_envelope(policy, like, tx.sender)
+            except MaloteError:
+                judged.append(would(each.address, decision, refusal=Reason.RULE))
+            else:
+                asked[each.address] = like
+        refusal: Reason | None = None
+        try:
+            prepared = await self._work(len(content), prepare, content, *policy.tags)
+            line.from_address = prepared.from_address
+            check_own(submitter, prepared.from_address)
+            await self.decide(policy, prepared, content, asked, submitter, null_sender=not tx.sender)
+        except MailLoop:
+            raise
+        except FormatError as error:
+            if submitter.bound:
+                raise
+            log.info("shadow", reason=_why(error))
+            return [would(address, None) for address in asked] + judged
+        except SenderRefused:
+            if submitter.bound and not submitter.owns(line.from_address):
+                raise
+            refusal = Reason.SENDER
+        except MaloteError:
+            refusal = Reason.OTHERS
+        except Exception as error:  # noqa: BLE001 - a border: nothing that goes wrong in judging stops the mail
+            log.warning("shadow: not judged", error=type(error).__name__)
+            return []
+        return [would(each.address, each.decision, refusal=refusal) for each in asked.values()] + judged
+
+    def _write_shadow(self, line: Line, judged: Sequence[Would]) -> None:
+        if not judged:
+            return
+        tell(judged, message_id=line.id)
+        for entry in shadow_entries(judged, message_id=line.id, now_ms=self.clock_ms()):
+            self._store.log_outcome(entry)
 
     async def _wait_for_turn(self, key: Hashable, tx: Transaction, deadline: float) -> Turn:
         await tx.end()      # who waits holds no connection that the other may need
@@ -220,9 +302,10 @@ class Submissions:
             _mark_outsiders(recipients.values(), prepared, messages)
         encrypted = await self._work(len(content), decide_encrypted, content)
         asked = NO_CONTENT
-        if policy.table.asks_content:
+        table = (policy.trial or policy).table      # a table with more rules asks for more
+        if table.asks_content:
             asked = await self._work(len(content), partial(
-                read_content, prepared.kept, content, policy.table.wanted, null_sender=null_sender))
+                read_content, prepared.kept, content, table.wanted, null_sender=null_sender))
         return known, self._decide(policy, recipients, prepared, encrypted, asked, submitter, reply=bool(known))
 
     def _decide(self, policy: Policy, recipients: Mapping[str, Recipient], prepared: Prepared, encrypted: Encrypted,
@@ -250,6 +333,9 @@ class Submissions:
         identity = decide_signer(identities, submitter, from_address) if sealing else None
         for recipient in recipients.values():
             recipient.action = recipient.decision.action
+        if policy.trial is not None:
+            facts = MessageFacts(from_address, exists, prepared.controls, reply, encrypted, content)
+            _try(policy.trial, facts, recipients.values())
         return identity
 
     async def _digest(self, prepared: Prepared) -> bytes:
@@ -424,6 +510,31 @@ def _mark_outsiders(recipients: Iterable[Recipient], prepared: Prepared, known: 
     for recipient in recipients:
         recipient.outsider = (recipient.address != prepared.from_address
                               and not all(each.had_part(recipient.address) for each in opened))
+
+
+def _try(trial: Policy, facts: MessageFacts, recipients: Iterable[Recipient]) -> None:
+    """What the rules on trial would do: nothing of it is obeyed."""
+    recipients = list(recipients)
+    decided = trial.decide_message(facts, [recipient.facts for recipient in recipients])
+    for recipient, decision in zip(recipients, decided.decisions, strict=True):
+        recipient.trial = Action.REFUSE if decided.refusal is not None else decision.action, decision
+
+
+def _changes(recipients: Iterable[Recipient]) -> list[Would]:
+    """Whom the rules on trial would treat otherwise."""
+    tried = [(each.address, each.action, *each.trial) for each in recipients if each.trial is not None]
+    return [would(address, decision, refusal=Reason.OTHERS if action is Action.REFUSE else None)
+            for address, done, action, decision in tried if action is not done]
+
+
+def _check_envelope(policy: Policy, recipient: Recipient, sender: str) -> None:
+    """Raises what RCPT is answered already."""
+    if recipient.decision.action is Action.PLAIN:
+        _check_routes(policy, MessageFacts(sender), recipient.routes)
+    if recipient.decision.action is Action.REFUSE:
+        refused = policy.decide_envelope(recipient.facts, sender)
+        if refused is not None:
+            raise refusal_of([refused])
 
 
 def _check_routes(policy: Policy, message: MessageFacts, routes: Sequence[RecipientFacts]) -> None:

@@ -32,6 +32,7 @@ class Recipient:
     policy: Policy | None = None    # that was in force then
     routes: tuple[RecipientFacts, ...] = ()     # where a server may send it on to, by its local part
     outsider: bool = False      # had no part in the opened message that this one answers
+    trial: tuple[Action, Decision] | None = None    # what would become of him if the rules on trial counted
     action: Action | None = None    # final; None: not decided, and nothing may be sent
     reply: asyncio.Future[Reply] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
 
