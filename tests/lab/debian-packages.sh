@@ -21,6 +21,7 @@ need neomutt neomutt
 [ -x /bin/kill ] || missing="$missing procps"   # ExecReload= of the units
 need curl curl
 [ -n "$(ls -d /usr/lib/postgresql/*/bin/postgres 2>/dev/null)" ] || missing="$missing postgresql"
+need haproxy haproxy
 need openssl openssl
 need systemd-analyze systemd
 [ -e /etc/ssl/certs/ca-certificates.crt ] || missing="$missing ca-certificates"

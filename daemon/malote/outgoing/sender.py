@@ -253,7 +253,7 @@ class Sender:
             if isinstance(error, UpstreamError):
                 log.warning("upstream", session=session.id, fault=str(error))
             else:
-                self._submissions.refused_recipient(session, tx.sender, error)
+                self._submissions.refused_recipient(session, tx.sender, canonical, error)
             return error.reply
 
     async def data(self, session: ClientSession, content: bytearray) -> Reply:

@@ -61,6 +61,7 @@ from malote.outgoing.notify import may_notify, notify_sender, wants_notice
 from malote.outgoing.recorder import Recorder
 from malote.outgoing.shadow import Reason, Would, tell, would
 from malote.outgoing.shadow import entries as shadow_entries
+from malote.outgoing.recorder import Recorder
 from malote.outgoing.transaction import Recipient, Transaction
 from malote.smtp.desk import ClientSession, Params
 from malote.store.records import KnownMessage, OutcomeEntry, SendIntent, SendPlan, SendRecipient, SendRow, SendState
@@ -164,10 +165,13 @@ class Submissions:
         finally:
             self._log(session, tx, line, code, int((asyncio.get_running_loop().time() - started) * 1000))
 
-    def refused_recipient(self, session: ClientSession, sender: str, error: MaloteError) -> None:
+    def refused_recipient(self, session: ClientSession, sender: str, recipient: str, error: MaloteError) -> None:
         """For the log and `malote log`: it had its answer at RCPT, and the message may never come."""
         code = error.reply.code
         log.info("recipient refused", session=session.id, reply=code, reason=_why(error))
+        recorder = self._recorder()
+        if recorder is not None and code >= 500:
+            recorder.refused_recipient(sender, recipient, error.reply, _why(error))
         self._store.log_outcome(OutcomeEntry(
             at_ms=self.clock_ms(), direction="out", outcome="refused", account=session.user, sender=sender, recipients=1,
             detail=f"{code} {_why(error)}".rstrip()))
