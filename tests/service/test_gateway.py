@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import smtplib
 import socket
 import sys
@@ -184,6 +185,19 @@ def test_a_reload_takes_the_listener_with_it(home: Home, dovecot: Dovecot, users
         with pytest.raises(ConnectionRefusedError):
             greeting(port)
         assert daemon.stop() == 0
+
+
+def test_check_tries_the_listener_and_the_server_behind_it(home: Home, dovecot: Dovecot) -> None:
+    port = free_port()
+    for next_hop, code in ((dovecot.lmtp_port, 0), (free_port(), 7), (dovecot.port, 7)):      # nobody there; IMAP there
+        gateway(home, port, next_hop)
+        if code == 0:
+            make_keys(home, "@test.example")
+        done = home.malote("check", "--json")
+        found = {each["what"]: each for each in map(json.loads, done.stdout.decode().splitlines())}
+        assert done.returncode == code, found
+        assert found[f"listener {HOST}:{port}"]["state"] == "ok"
+        assert found[f"delivery to {HOST}:{next_hop}"]["state"] == ("fault" if code else "ok")
 
 
 def greeting(port: int) -> bytes:

@@ -13,7 +13,7 @@ import click
 
 from malote.cli.findings import Finding, Findings, State, fault, ok, warning
 from malote.cli.probes import clock_probe, crypto_probe, keys_probe, listener_probe, store_probe
-from malote.cli.server_probes import account_probe, upstream_probe
+from malote.cli.server_probes import account_probe, next_hop_probe, upstream_probe
 from malote.cli.settings import Settings
 from malote.config import Config, config_faults
 from malote.core.rules import rule_faults
@@ -86,7 +86,7 @@ async def _check_all(config: Config, place: Path | PostgresPlace, say: Say) -> b
 async def _said_while_waiting(title: str, findings: Findings) -> Findings:
     """Servers that do not answer take half a minute each; who sits at a terminal is told what is being waited for."""
     # both: what a pipe shows a moment later would land in the middle of it
-    waiting = sys.stderr.isatty() and sys.stdout.isatty() and title.startswith(("sending", "account "))
+    waiting = sys.stderr.isatty() and sys.stdout.isatty() and title.startswith(("sending", "delivery", "account "))
     while True:
         if waiting:
             click.echo(f"...      {title}: waiting for the server", err=True, nl=False)
@@ -118,6 +118,9 @@ def _probes(config: Config, store: Store | None, error: MaloteError | None, plac
             yield "listener", listener_probe(listener)
         yield "shadow mode", shadow_probe(config)
         yield "sending", upstream_probe(config)
+    for opening in config.incoming.listeners:
+        yield "listener", listener_probe(opening.listener)
+        yield "delivery", next_hop_probe(opening)
     for account in config.accounts:
         yield f"account {account.name}", account_probe(account, newest)
     yield "clock", clock_probe(store, newest)

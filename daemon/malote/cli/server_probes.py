@@ -6,7 +6,7 @@ from collections.abc import MutableMapping, Sequence
 
 from malote.cli.findings import Finding, Findings, State, fault, ok, warning
 from malote.cli.probes import check_maildir
-from malote.config import AccountConfig, Config, Security
+from malote.config import AccountConfig, Config, OpeningConfig, Security
 from malote.credentials import account_password, upstream_credentials
 from malote.errors import MailboxError, MaloteError, SecretUnavailable
 from malote.incoming.mailbox import Folder, Mailbox, Quota
@@ -36,6 +36,30 @@ async def upstream_probe(config: Config) -> Findings:
         yield ok(what, f"reached, {how}; it offers {', '.join(offers) or 'no extensions'}")
         async for finding in _upstream_login(config, connection, what):
             yield finding
+    finally:
+        await connection.quit()
+
+
+async def next_hop_probe(opening: OpeningConfig) -> Findings:
+    """The mail server behind an opening listener."""
+    settings = opening.upstream
+    what = f"delivery to {settings.socket or f'{settings.host}:{settings.port}'}"
+    try:
+        connection = await Upstream(settings).connect()
+    except MaloteError as error:
+        yield fault(what, error, "check host, port, protocol and security of incoming.listeners.upstream, and ca_file")
+        return
+    try:
+        how = "TLS, certificate verified" if connection.tls else "without TLS, on this machine"
+        yield ok(what, f"reached by {settings.protocol.upper()}, {how}")
+        if settings.username:
+            await login(connection, await upstream_credentials(settings), settings.auth)
+            yield ok(f"{what}: login", f"accepted for {settings.username}")
+        if "8BITMIME" not in connection.extensions:
+            yield warning(f"{what}: 8BITMIME", "is not offered, so text beyond ASCII arrives as an attachment",
+                          "let that server offer 8BITMIME, as all current ones can")
+    except MaloteError as error:
+        yield fault(f"{what}: login", error, "check username, and password_file or token_command")
     finally:
         await connection.quit()
 
