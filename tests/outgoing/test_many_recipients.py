@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from lab.servers import Lab
 from malote.config import LimitsConfig, RuleConfig
 from malote.core.open import Opened
 from malote.errors import Unreadable
@@ -93,6 +94,34 @@ async def test_two_hundred_recipients_of_every_kind_each_get_exactly_what_is_the
             opened(message.content, WITH_CARDS[stranger], ALICE)
     assert len(ids) == 1, "one submission, one id"
     assert len(numbers) == len(VISIBLE) + len(HIDDEN) + len(LISTED)
+
+
+@pytest.mark.long
+async def test_two_hundred_real_mailboxes_each_get_one_mail_and_their_own(lab: Lab, tmp_path: Path) -> None:
+    """The same through a real Postfix, which splits and queues as it likes, into real mailboxes of a Dovecot."""
+    dovecot = await asyncio.to_thread(lab.dovecot, ALL)
+    postfix = await asyncio.to_thread(lab.postfix, dovecot.lmtp_hop)
+    shown = {name: ",\r\n ".join(address for address in ALL if address.startswith(name)) for name in ("to", "cc")}
+    submitted = text(**shown)
+    config = {"rules": RULES}
+    async with Gateway(tmp_path, upstream_config(postfix.port), cards=tuple(WITH_CARDS.values()), config=config) as gw:
+        done = await gw.submit(ALICE.address, ALL, submitted)
+        assert done.code == 250
+    async with asyncio.timeout(120):
+        while postfix.queued() or not all(dovecot.messages(address) for address in ALL):
+            await asyncio.sleep(0.2)
+    text_part = submitted.partition(b"\r\n\r\n")[2]
+    for address in ALL:
+        [message] = dovecot.messages(address)
+        if address in (*PLAIN_SHOWN, *PLAIN_HIDDEN):
+            assert message.replace(b"\r\n", b"\n").endswith(text_part.replace(b"\r\n", b"\n"))
+        else:
+            assert opened(message, WITH_CARDS[address], ALICE).original == submitted
+            assert b"the secret" not in message
+        # Postfix's and Dovecot's own trace names the one whose mailbox it is
+        assert not [other for other in (*HIDDEN, *PLAIN_HIDDEN) if other != address and other.encode() in message]
+    for server in (postfix, dovecot):
+        await asyncio.to_thread(server.stop)
 
 
 # ---- failing anywhere
