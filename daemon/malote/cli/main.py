@@ -30,6 +30,7 @@ COMMANDS = {       # in the order in which they are first needed
     "seal": "malote.cli.seal:seal",
     "explain": "malote.cli.explain:explain_",
     "inspect": "malote.cli.inspect:inspect",
+    "store": "malote.cli.store:store",
     "audit": "malote.cli.audit:audit",
     "completion": "malote.cli.completion:completion",
 }

@@ -15,6 +15,7 @@ from malote.errors import StoreUnavailable
 from malote.store.schema import CURRENT, REVISIONS
 
 log = logging.getLogger("malote.store")
+COPYING = "copying"             # in the place of a version: `copying` has begun and not ended
 MADE_NAME = "store.made"        # beside the store file, since it was first made
 _ALEMBIC = threading.Lock()      # it keeps its state in module globals
 
@@ -97,6 +98,13 @@ def upgrade(connection: Connection, target: str = "head") -> None:
 
 def schema_version(connection: Connection) -> str | None:
     """The schema version; None for an empty database."""
+    version = stored_schema(connection)
+    check_known(version)
+    return version
+
+
+def stored_schema(connection: Connection) -> str | None:
+    """What the database says of itself, also if this version knows no such schema."""
     if connection.dialect.name == "sqlite":
         tables = {row[0] for row in connection.execute(text("SELECT name FROM sqlite_schema WHERE type = 'table'"))}
     else:
@@ -105,13 +113,15 @@ def schema_version(connection: Connection) -> str | None:
         return None
     if "alembic_version" not in tables:
         raise StoreUnavailable("the database holds something else than a store")
-    version = connection.execute(text("SELECT version_num FROM alembic_version")).scalar()
-    check_known(version)
+    version: str | None = connection.execute(text("SELECT version_num FROM alembic_version")).scalar()
     return version
 
 
 def check_known(version: str | None) -> None:
-    """Raises `StoreUnavailable` for a schema that did not exist when this was written."""
+    """Raises `StoreUnavailable` for a schema that did not exist when this was written, and for half a copy."""
+    if version == COPYING:
+        raise StoreUnavailable("a copy to this place was begun and not finished, there is no store in it",
+                               hint="run malote store migrate again, to the same place")
     if version is not None and version not in REVISIONS:
         raise StoreUnavailable(
             "the store was made by a newer version of malote",

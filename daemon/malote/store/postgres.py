@@ -174,12 +174,12 @@ def _arguments(names: Sequence[tuple[str, Any]], values: dict[str, Any]) -> list
     for name, constant in names:
         value = values[name] if constant is None or name in values else constant
         if type(value) is str and ("\0" in value or not value.isascii()):
-            value = _storable(value)
+            value = storable(value)
         found.append(value)
     return found
 
 
-def _storable(value: str) -> str:
+def storable(value: str) -> str:
     """PostgreSQL holds neither half of a surrogate pair nor NUL, as a folder name or a reply of a server may have."""
     return value.encode("utf-8", "backslashreplace").decode().replace("\0", "\\x00")
 
