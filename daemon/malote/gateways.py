@@ -73,6 +73,10 @@ class Gateways:
     def __len__(self) -> int:
         return len(self._builds)
 
+    @property
+    def upstreams(self) -> list[Upstream]:
+        return [build.upstream for build in self._builds.values()]
+
     async def prepare(self, config: Config) -> Prepared:
         """Build what differs from what runs. Raises `ConfigError`; then nothing has changed."""
         prepared = Prepared()

@@ -22,6 +22,7 @@ CONTENT_TYPE = prometheus_client.CONTENT_TYPE_LATEST
 # seconds; sealing takes milliseconds, the server behind it takes what it takes, `reply_within_seconds` ends it
 BUCKETS = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 120.0, 240.0)
 SOON_MS = 30 * 86_400_000       # as `malote check` warns
+DIRECTIONS = frozenset({"in", "out"})
 MAX_SERIES = 200                # of (direction, outcome, verdict): the words are ours, and few; this is the net below
 
 
@@ -53,6 +54,7 @@ class Numbers:
     listeners: int
     store_failing: bool
     card_ends_ms: tuple[int, ...]       # of our own cards
+    shadow: bool = False                # nothing is sealed
     accounts: Mapping[str, int] = field(default_factory=dict)   # by state of their watcher
     upstream: UpstreamNumbers | None = None
     audit: AuditNumbers | None = None
@@ -82,6 +84,8 @@ class Metrics:
         self.registry.register(_Gauges(source))
 
     def note(self, entry: OutcomeEntry) -> None:
+        if entry.direction not in DIRECTIONS:       # what rules on trial would have done is no message
+            return
         key = (entry.direction, entry.outcome, entry.verdict)
         counter = self._counters.get(key)
         if counter is None:
@@ -119,6 +123,7 @@ class _Gauges:
         yield _gauge("malote_messages_in_flight", "Messages between their last byte and the reply.", numbers.in_flight)
         yield _gauge("malote_listeners", "Listening sockets.", numbers.listeners)
         yield _gauge("malote_store_failing", "Whether the last write to the store failed.", numbers.store_failing)
+        yield _gauge("malote_shadow", "Whether outgoing.shadow is true: nothing is sealed.", numbers.shadow)
         if numbers.ready:
             yield _labelled("malote_ready", "What /readyz says, by check.", "check", numbers.ready)
         yield _labelled("malote_accounts", "Watched mailboxes, by state of their watcher.", "state", numbers.accounts)

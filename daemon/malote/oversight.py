@@ -6,7 +6,9 @@ the process.
 
 from __future__ import annotations
 
+import asyncio
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -38,7 +40,8 @@ class State:
     connections: Connections
     budget: MemoryBudget
     inflight: InFlight
-    upstream: Upstream | None   # None: nothing is sent from here
+    upstreams: tuple[Upstream, ...]     # where mail is handed on to
+    shadow: bool
     card_ends_ms: tuple[int, ...]
     accounts: Mapping[str, int]
 
@@ -130,12 +133,7 @@ class Oversight:
         return True
 
     async def _is_reachable(self) -> bool:
-        upstream = self._state().upstream
-        if upstream is None:
-            return True
-        if not (upstream.reached and time.time() - upstream.last_connect_s < UPSTREAM_SECONDS):
-            connection = await upstream.connect()
-            await connection.quit()
+        await asyncio.gather(*(_reach(upstream) for upstream in self._state().upstreams))
         return True
 
     async def _is_recording(self) -> bool:
@@ -148,9 +146,13 @@ class Oversight:
         from malote.metrics import AuditNumbers, Numbers, UpstreamNumbers
 
         state, upstream, audit = self._state(), None, None
-        if state.upstream is not None:
-            upstream = UpstreamNumbers(state.upstream.connects, state.upstream.failures, state.upstream.last_connect_s,
-                                       state.upstream.connections)
+        if state.upstreams:
+            kept: Counter[str] = Counter()
+            for each in state.upstreams:
+                kept.update(each.connections)
+            upstream = UpstreamNumbers(
+                sum(each.connects for each in state.upstreams), sum(each.failures for each in state.upstreams),
+                max(each.last_connect_s for each in state.upstreams), kept)
         if self._built.audit is not None:
             log = self._built.audit
             audit = AuditNumbers(log.failing, log.waiting, log.written, log.lost)
@@ -158,8 +160,15 @@ class Oversight:
             connections=len(state.connections), connections_limit=state.connections.limit,
             memory_used=state.budget.used_bytes, memory_limit=state.budget.total_bytes, in_flight=len(state.inflight),
             listeners=state.listeners, store_failing=self._store.failing, card_ends_ms=state.card_ends_ms,
-            accounts=state.accounts, upstream=upstream, audit=audit, ready=self._health.known,
+            shadow=state.shadow, accounts=state.accounts, upstream=upstream, audit=audit, ready=self._health.known,
         )
+
+
+async def _reach(upstream: Upstream) -> None:
+    """Raises `UpstreamError`."""
+    if not (upstream.reached and time.time() - upstream.last_connect_s < UPSTREAM_SECONDS):
+        connection = await upstream.connect()
+        await connection.quit()
 
 
 async def _close(old: _Built, kept: _Built) -> None:

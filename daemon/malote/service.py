@@ -302,10 +302,13 @@ class Service:
     def _state(self) -> State:
         outgoing = self.config.outgoing
         wanted = len(outgoing.listeners) if outgoing.enabled else 0
+        own = (self._outgoing.upstream,) if self._outgoing is not None else ()
         return State(
-            running=self._running, listening=len(self._listeners) == wanted, keys_open=self._keys_open,
-            listeners=len(self._listeners), connections=self._connections, budget=self._budget, inflight=self._inflight,
-            upstream=self._outgoing.upstream if self._outgoing is not None else None,
+            running=self._running, keys_open=self._keys_open, shadow=outgoing.enabled and outgoing.shadow,
+            listening=len(self._listeners) == wanted and len(self._gateways) == len(self.config.incoming.listeners),
+            listeners=len(self._listeners) + len(self._gateways), connections=self._connections, budget=self._budget,
+            inflight=self._inflight,
+            upstreams=(*own, *self._gateways.upstreams),
             card_ends_ms=tuple(usable_until_ms(identity.card) for identity in self.keyring.identities.values()),
             accounts=self._accounts.states,
         )

@@ -1,4 +1,4 @@
-"""The templates in config/ and the snippets of docs/relay.md, run by the programs that they are for; only ports and paths differ."""
+"""The templates in config/ and the snippets of docs/relay.md, run by the programs that they are for; ports and paths differ."""
 
 from __future__ import annotations
 
@@ -267,14 +267,50 @@ def test_the_configuration_of_the_relay_has_no_fault() -> None:
     assert rule_faults(config.outgoing) == []
 
 
+def snippets(word: str) -> list[str]:
+    """The tables that the guide shows."""
+    found = [textwrap.dedent(block) for block in re.findall(r"(?m)(?:^    \[\[.*\n(?:^    .*\n)*)", GUIDE)]
+    assert len(found) == 3
+    return [each for each in found if word in each]
+
+
 def test_the_snippets_of_the_guide_have_no_fault() -> None:
-    """Each table of listeners that the guide shows, in place of the one of config/relay.toml."""
+    """In place of, or beside, what is in config/relay.toml."""
     relay = tomllib.loads((CONFIG / "relay.toml").read_text())
-    snippets = [textwrap.dedent(block) for block in re.findall(r"(?m)(?:^    \[\[.*\n(?:^    .*\n)*)", GUIDE)]
-    assert len(snippets) == 2
-    for snippet in snippets:
-        table = {**relay, "outgoing": {**relay["outgoing"], **tomllib.loads(snippet)["outgoing"]}}
+    for snippet in snippets("[["):
+        more = tomllib.loads(snippet)
+        table = {**relay, **more, "outgoing": {**relay["outgoing"], **more.get("outgoing", {})}}
         assert config_faults(parse_config(table, source="relay.md")) == []
+
+
+async def test_what_arrives_is_opened(home: Home, keys: Path, lab: Lab, tmp_path: Path, world: Upstream) -> None:
+    """Sealed mail to Anna, by another house, goes through Postfix and the gateway of the guide, and comes out opened."""
+    shutil.copytree(keys, home.root / "store")
+    port, theirs = free_port(), Home(tmp_path / "theirs")
+    theirs.configure("")
+    theirs.keys("new", BEN, "--algorithm", "ed25519")
+    home.configure("")
+    home.keys("export", "@example.org", "-o", str(tmp_path / "ours.card"))
+    theirs.keys("import", str(tmp_path / "ours.card"))
+    sealed = theirs.malote("seal", "--to", ANNA, stdin=text(BEN, ANNA))
+    assert sealed.returncode == 0, sealed.stderr.decode()
+    async with Upstream(lmtp=True) as mailboxes:
+        [snippet] = snippets("incoming")
+        snippet = snippet.replace("port = 2626", f"port = {port}").replace("port = 24 ", f"port = {mailboxes.port} ")
+        home.configure(f"{snippet}\n[outgoing]\nenabled = false\n")
+
+        def run() -> None:
+            settings = main_cf(template("postfix/opening.main.cf", port=f":2626 => :{port}"))
+            postfix = lab.postfix("smtp:", settings={**settings, "virtual_mailbox_domains": "example.org"})
+            with home.daemon() as daemon:
+                with smtplib.SMTP(HOST, postfix.port) as client:
+                    client.sendmail(BEN, [ANNA], sealed.stdout)
+                until(lambda: len(mailboxes.messages) == 1)
+                assert daemon.stop() == 0
+        await asyncio.to_thread(run)
+    [message] = mailboxes.messages
+    assert b"the secret text" in message.content
+    assert b"Malote-Verdict:" in message.content
 
 
 def test_the_guide_names_files_and_commands_that_exist() -> None:
@@ -318,7 +354,7 @@ def expressions() -> list[str]:
     rules = re.findall(r"(?m)^ +expr: (.*)$", (CONFIG / "prometheus/malote.rules.yml").read_text())
     board = json.loads((CONFIG / "grafana/malote.json").read_text())
     panels = [target["expr"] for panel in board["panels"] for target in panel["targets"]]
-    assert len(rules) == 13
+    assert len(rules) == 14
     assert len(panels) > 20
     return rules + panels
 

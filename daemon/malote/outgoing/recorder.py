@@ -14,6 +14,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from malote.audit import AuditLog, Line
+from malote.core.policy import Action
 from malote.errors import AuditUnavailable, Reply
 from malote.outgoing.answers import Outcome, State
 from malote.outgoing.copies import Letter
@@ -51,6 +52,10 @@ class Recorder:
     def left(self, letter: Letter, groups: Sequence[Group], outcomes: Mapping[str, Outcome]) -> None:
         for group in groups:
             self._audit.note(self._copy(letter, group, "done", outcomes))
+        for each in letter.recipients.values():
+            if each.action is Action.REFUSE and each.address in outcomes:       # left out, while others get it
+                self._refused(letter.submission_id.hex(), letter.sender_address, [each.address], _rules([each]),
+                              outcomes[each.address].reply, "left out")
 
     def refused(self, submission: str, sender: str, recipients: Iterable[Recipient], reply: Reply, reason: str) -> None:
         """A whole message that we refused, with all its recipients."""

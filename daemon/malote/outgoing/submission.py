@@ -61,7 +61,6 @@ from malote.outgoing.notify import may_notify, notify_sender, wants_notice
 from malote.outgoing.recorder import Recorder
 from malote.outgoing.shadow import Reason, Would, tell, would
 from malote.outgoing.shadow import entries as shadow_entries
-from malote.outgoing.recorder import Recorder
 from malote.outgoing.transaction import Recipient, Transaction
 from malote.smtp.desk import ClientSession, Params
 from malote.store.records import KnownMessage, OutcomeEntry, SendIntent, SendPlan, SendRecipient, SendRow, SendState
