@@ -224,6 +224,16 @@ async def test_an_original_that_smtp_cannot_carry_arrives_as_an_attachment(
     assert second.endswith(bare)
 
 
+async def test_large_mail_is_opened_in_a_thread_and_arrives_whole(house: House, dovecot: Dovecot, people: list[str]) -> None:
+    original = note(to=people[0], body="".join(f"line {number} of many\r\n" for number in range(60_000)))
+    raw = sealed_for(house, people, original)
+    assert codes(await Lmtp(house.port).send(raw, *people, mail=f"SIZE={len(raw)}")) == [250, 250]
+    for user in people:
+        [arrived] = inbox(dovecot, user)
+        assert verdict(message_from_bytes(arrived)) == "FRESH"
+        assert arrived.endswith(original.replace(b"\r\n", b"\n"))
+
+
 # --- the gateway of a domain
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import smtplib
 import socket
@@ -14,6 +15,7 @@ import pytest
 
 from lab import killed
 from lab.daemon import Daemon, Home, free_port
+from lab.gateway import Lmtp, codes
 from lab.incoming import Sender, note, verdicts
 from lab.servers import HOST, Dovecot, Lab, Postfix
 from malote.core.card import armor, parse_armored
@@ -165,6 +167,25 @@ def test_killed_between_the_next_servers_answer_and_ours(
         assert (notes, len(quarantined)) == ([False], 1)
     else:
         assert (notes, len(quarantined)) == ([False, True], 0)
+
+
+async def test_two_workers_make_one_of_the_same_mail_fresh(home: Home, dovecot: Dovecot, users: Callable[[], str]) -> None:
+    """The workers know nothing of each other's memory, so one that finds the message being delivered elsewhere says 451."""
+    anna, port = users(), free_port()
+    gateway(home, port, dovecot.lmtp_port)
+    home.config.write_text(home.config.read_text() + "[service]\nworkers = 2\n")
+    sender = make_keys(home, anna)
+    raw = sealed(home, sender, note(to=anna), anna)
+    before = len(dovecot.messages(QUARANTINE))
+    with home.daemon() as daemon:
+        answers = await asyncio.gather(*(Lmtp(port).send(raw, anna) for _ in range(12)))
+        later = await Lmtp(port).send(raw, anna)
+        assert daemon.stop() == 0
+    said = [code for each in answers for code in codes(each)]
+    assert set(said) <= {250, 451}
+    assert codes(later) == [250]
+    assert verdicts([message_from_bytes(each) for each in dovecot.messages(anna)]) == ["FRESH"]
+    assert len(dovecot.messages(QUARANTINE)) - before == said.count(250)      # one fresh, and the later one too is a repeat
 
 
 def test_a_reload_takes_the_listener_with_it(home: Home, dovecot: Dovecot, users: Callable[[], str]) -> None:

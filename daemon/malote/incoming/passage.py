@@ -24,7 +24,7 @@ from malote.core.open import Opened, Unsealed, authenticate, unseal
 from malote.core.parts import FoundParts, find_parts
 from malote.core.primitives import sha256
 from malote.core.trace import check_hops
-from malote.errors import FormatError, MaloteError, Reply, Unreadable
+from malote.errors import FormatError, MailLoop, MaloteError, Reply, Unreadable
 from malote.incoming.account import AccountKeys
 from malote.incoming.delivery import carriable, wrapped
 from malote.incoming.gateway_keys import GatewayKeys
@@ -106,7 +106,11 @@ class Passage:
 
     async def deliver(self, mail: Mail, recipients: Sequence[Recipient]) -> Replies:
         """Raises `MailLoop`."""
-        check_hops(mail.raw, self._host)
+        try:
+            check_hops(mail.raw, self._host)
+        except MailLoop:
+            self._note(mail, "refused", recipients=len(recipients), detail="loop")
+            raise
         try:
             async with asyncio.timeout(self._seconds):
                 await self._all(mail, list(dict.fromkeys(recipients)))
