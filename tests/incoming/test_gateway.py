@@ -179,6 +179,19 @@ async def test_what_cannot_be_opened_is_passed_on_as_it_is(house: House, dovecot
     assert not any(b"Malote-Verdict" in raw for raw in arrived)
 
 
+@pytest.mark.parametrize("step", ["find_parts", "unseal"])
+async def test_a_message_that_sets_off_a_fault_is_passed_on_too(
+        house: House, dovecot: Dovecot, people: list[str], step: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever a hostile message finds in the code that takes it apart: it must not wait for ever, nor bounce."""
+    def broken(*_: object) -> None:
+        raise RecursionError("the secret text")
+    monkeypatch.setattr(f"malote.incoming.passage.{step}", broken)
+    raw = house.sender.seal(note(to=people[0]), house.identities[people[0]])
+    assert codes(await Lmtp(house.port).send(raw, people[0])) == [250]
+    [arrived] = inbox(dovecot, people[0])
+    assert arrived.endswith(raw.replace(b"\r\n", b"\n"))
+
+
 async def test_one_message_to_two_in_two_transactions_of_the_client_is_fresh_for_each(
         house: House, dovecot: Dovecot, people: list[str]) -> None:
     """The recipient is part of what is remembered: the same bytes for two people are two messages."""

@@ -150,6 +150,8 @@ class Passage:
                     unsealed = await off_loop(len(mail.raw), unseal, found, recipient.keys.pairs)
                 except Unreadable as error:
                     return error.reason
+                except Exception as error:  # noqa: BLE001 -- as in `_look`
+                    return self._fault(mail, error)
                 mail.replies[recipient] = await self._open(mail, recipient, recipient.keys, unsealed)
         return ""
 
@@ -162,9 +164,12 @@ class Passage:
         except Unreadable as error:
             return None, error.reason
         except Exception as error:  # noqa: BLE001 -- whatever a hostile message sets off, it is passed on; the class is logged
-            log.error("message set off a fault", session=mail.session, fault=type(error).__name__)
-            return None, "fault"
+            return None, self._fault(mail, error)
         return (None if found is None or found.forwarded else found), ""
+
+    def _fault(self, mail: Mail, error: Exception) -> str:
+        log.error("message set off a fault", session=mail.session, fault=type(error).__name__)
+        return "fault"
 
     # --- sealed, and opened here ---
 
