@@ -260,6 +260,61 @@ async def test_addresses_only_where_they_are_asked_for(site: Site) -> None:
     assert "secret" not in site.audit.read_text()
 
 
+async def test_a_split_names_who_was_left_out_and_shadow_mode_what_left(site: Site, upstream: Upstream) -> None:
+    """Every recipient of every message has a line, whatever was decided for it."""
+    home = site.home
+    split = 'mixed = "split"\n[[outgoing.rules]]\nrecipients = ["@c.example"]\nseal = "require"\nmixed = "split"\n'
+    text = home.config.read_text().replace(rule("prefer"), f'[[outgoing.rules]]\nrecipients = ["@b.example"]\n{split}')
+    home.config.write_text(text)
+
+    def run() -> None:
+        with home.daemon() as daemon:
+            site.send([BEN])
+            with smtplib.SMTP(HOST, site.port) as client:
+                assert client.sendmail(ANNA, [BEN, CLEO], (
+                    f"From: {ANNA}\r\nTo: {BEN}, {CLEO}\r\nDate: Mon, 23 Nov 2026 10:00:00 +0000\r\n"
+                    "Message-ID: <two@a.example>\r\n\r\nx\r\n").encode()).keys() == {CLEO}
+            assert site.value("malote_shadow") == 0
+            home.config.write_text(text.replace("[outgoing.upstream]", "[outgoing]\nshadow = true\n[outgoing.upstream]"))
+            daemon.reload()
+            site.send([BEN, CLEO])
+            assert site.value("malote_shadow") == 1
+            assert daemon.stop() == 0
+    await asyncio.to_thread(run)
+    found = [(line["what"], line["recipients"], line.get("rules")) for line in site.lines()]
+    assert found == [("sealed", 1, [1]), ("refused", 1, None), ("sealed", 1, [1]), ("plain", 2, [0])]
+
+
+def free(port: int) -> bool:
+    try:
+        with socket.create_server((HOST, port)):
+            return True
+    except OSError:
+        return False
+
+
+async def test_workers_have_ports_of_their_own_and_one_audit_log(site: Site, upstream: Upstream) -> None:
+    while not free(site.metrics + 1):
+        site.metrics = free_port()
+    site.configure()
+    site.home.config.write_text("[service]\nworkers = 2\n" + site.home.config.read_text())
+
+    def run() -> None:
+        with site.home.daemon() as daemon:
+            for _ in range(12):
+                site.send([BEN])
+            counts = []
+            for _ in range(2):
+                assert site.get("/readyz")[0] == 200
+                counts.append(site.value("malote_messages_total", direction="out", outcome="sealed", verdict=""))
+                site.metrics += 1
+            assert sum(counts) == 12
+            assert daemon.stop() == 0
+    await asyncio.to_thread(run)
+    assert len(site.lines()) == 12
+    assert (await asyncio.to_thread(site.home.malote, "audit", "verify")).returncode == 0
+
+
 async def test_required_means_that_nothing_leaves_without_its_line(site: Site, upstream: Upstream) -> None:
     """/dev/full behind the name: the line cannot be written. 451, and the upstream server has seen no message; as soon as it
     can be written the client's next try goes through, once."""
