@@ -125,9 +125,10 @@ class Service:
         """Raises `MaloteError` if it cannot start."""
         await self.keyring.refresh()
         self._budget = MemoryBudget(self.config.limits.memory_budget)
+        self._connections = Connections(self.config.limits.connections)
         if self.post is not None:
             self._budget.shared = self.post.siblings.memory(self.post.slot)
-        self._connections = Connections(self.config.limits.connections)
+            self._connections.shared = self.post.siblings.connections(self.post.slot)
         self._gateways = Gateways(self.store, self.keyring, connections=self._connections, budget=self._budget, host=self.host,
                                   clock=now_ms, sockets=self._given_sockets, slot=self.slot or 0)
         self._hear_signals()
@@ -189,8 +190,11 @@ class Service:
         """None: nobody else can share the store."""
         if self.post is None and not self.store.networked:
             return None
-        owner, before = (self.post.owner, self.post.before) if self.post is not None else (os.urandom(16), b"")
-        membership = Membership(self.store, owner, before=before)
+        if self.post is not None:
+            membership = Membership(self.store, self.post.owner, before=self.post.before)
+        else:
+            await self.store.bury_node()
+            membership = Membership(self.store, self.store.new_owner())
         membership.accounts = len(self.config.accounts)
         await membership.join()
         self._accounts.share_with(membership, self.slot or 0)
@@ -459,13 +463,14 @@ def run(config: Config, config_path: Path | None, store_path: Path, passphrase: 
 
 def supervise(config: Config, config_path: Path | None, store_path: Path, passphrase: Callable[[], bytes]) -> None:
     """The same with several workers. Raises `MaloteError` if they cannot start, or cannot be kept running."""
-    async def begin() -> tuple[int, Keyring]:
+    async def begin() -> tuple[int, Keyring, Callable[[], bytes]]:
         store = await Store.open(configured_place(config.store, store_path))
         try:
             lock = _only_one(store_path / LOCK_NAME)
+            await store.bury_node()
             keyring = Keyring(store, passphrase, ask_once=config.keys.unlock == "prompt")
             await keyring.refresh()
-            return lock, keyring
+            return lock, keyring, store.new_owner
         finally:
             await store.close()
 
@@ -482,8 +487,9 @@ def supervise(config: Config, config_path: Path | None, store_path: Path, passph
         return 0
 
     check_accounts(config)
-    lock, keyring = asyncio.run(begin())    # no uvloop before the fork: it leaves threads behind
+    lock, keyring, new_owner = asyncio.run(begin())     # no uvloop before the fork: it leaves threads behind
     try:
-        Supervisor(config, listeners=listeners_of, load=lambda: load_checked(config, config_path), work=worker).run()
+        Supervisor(config, listeners=listeners_of, load=lambda: load_checked(config, config_path), work=worker,
+                   new_owner=new_owner).run()
     finally:
         os.close(lock)

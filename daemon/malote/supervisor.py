@@ -142,14 +142,16 @@ class Bound:
 
 
 class Supervisor:
-    """`listeners`: what a configuration listens on. `load`: the configuration anew, checked. `work`: what a worker does."""
+    """`listeners`: what a configuration listens on. `load`: the configuration anew, checked. `work`: what a worker does.
+    `new_owner`: names one."""
 
     def __init__(self, config: Config, *, listeners: Callable[[Config], dict[Place, ListenerConfig]], load: Callable[[], Config],
-                 work: Work) -> None:
+                 work: Work, new_owner: Callable[[], bytes]) -> None:
         self.config = config
         self._listeners = listeners
         self._load = load
         self._work = work
+        self._new_owner = new_owner
         self._slots = [Slot(number) for number in range(config.service.workers)]
         self._siblings = Siblings(len(self._slots))
         self._bound = Bound()
@@ -255,7 +257,7 @@ class Supervisor:
 
     def _start(self, slot: Slot) -> None:
         ours, theirs = Channel.pair()
-        before, owner = slot.owner, os.urandom(16)
+        before, owner = slot.owner, self._new_owner()
         flush_logs()
         masked = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)      # none may come to the child as if it were the parent
         pid = os.fork()

@@ -10,6 +10,7 @@ from malote.config import LimitsConfig
 from malote.errors import Reply
 from malote.smtp.desk import Desk
 from malote.smtp.rates import Rates
+from malote.smtp.siblings import SharedNumber
 
 IDLE_SECONDS = 10.0     # who has waited that long between two messages makes room when all places are taken
 FULL = Reply(421, "4.3.2", "Too many connections, try again later")
@@ -52,6 +53,7 @@ class Connections:
         self.limit = limit
         self.per_client = 0
         self.rates = Rates()
+        self.shared: SharedNumber | None = None     # with the other workers of the service: `limit` is for all of them
         self._open: dict[OpenConnection, str] = {}
         self._clients: Counter[str] = Counter()
 
@@ -67,10 +69,11 @@ class Connections:
             return Reply(421, "4.7.0", f"Too many connections from your address, at most {self.per_client}; close some")
         if not self.rates.client_connections.take(client, loop.time()):
             return Reply(421, "4.7.0", "Too many connections from your address within a minute, try again later")
-        if len(self._open) >= self.limit and not self._make_room(loop.time()):
+        if self._of_all() >= self.limit and not self._make_room(loop.time()):
             return FULL
         self._open[connection] = client
         self._clients[client] += 1
+        self._tell()
         return None
 
     def _make_room(self, now: float) -> bool:
@@ -84,6 +87,7 @@ class Connections:
 
     def discard(self, connection: OpenConnection) -> None:
         client = self._open.pop(connection, None)
+        self._tell()
         if client is not None:
             self._clients[client] -= 1
             if not self._clients[client]:
@@ -91,6 +95,13 @@ class Connections:
 
     def __len__(self) -> int:
         return len(self._open)
+
+    def _of_all(self) -> int:
+        return len(self._open) if self.shared is None else len(self._open) + self.shared.others()
+
+    def _tell(self) -> None:
+        if self.shared is not None:
+            self.shared.set(len(self._open))
 
     def desks(self) -> set[Desk]:
         """Those that an open connection still talks to."""

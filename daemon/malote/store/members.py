@@ -8,19 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from sqlalchemy import bindparam, delete, select
+from sqlalchemy import bindparam, delete, func, select
 from sqlalchemy.dialects.postgresql import insert
 
 from malote.store.database import Db
 from malote.store.schema import Statement, lease, member
 
 MEMBER_MS = 30_000      # how long without a renewal: then what it held is free
+NODE_BYTES = 8          # of an owner: which node it belongs to
 
 _RENEW = Statement(insert(member).values(
     owner=bindparam("owner"), until_ms=bindparam("until_ms"), accounts=bindparam("accounts"),
 ).on_conflict_do_update(index_elements=["owner"], set_={
     "until_ms": bindparam("until_ms"), "accounts": bindparam("accounts")}))
 _LEAVE = Statement(delete(member).where(member.c.owner == bindparam("owner")))
+_BURY = Statement(delete(member).where(func.substr(member.c.owner, 1, NODE_BYTES) == bindparam("node")))
 _GONE = Statement(delete(member).where(member.c.until_ms < bindparam("before_ms")))
 _ALIVE = Statement(select(member.c.owner).where(member.c.owner == bindparam("owner"), member.c.until_ms >= bindparam("now_ms")))
 _MEMBERS = Statement(select(member.c.owner, member.c.accounts).where(member.c.until_ms >= bindparam("now_ms")))
@@ -39,6 +41,11 @@ def renew(db: Db, owner: bytes, accounts: int) -> None:
 def leave(db: Db, owner: bytes) -> None:
     """What it held is free at once. Also said of another, by whoever knows that it is dead."""
     db.run(_LEAVE, {"owner": owner})
+
+
+def bury(db: Db, node: bytes) -> None:
+    """All of that node are dead, as whoever has its lock knows."""
+    db.run(_BURY, {"node": node})
 
 
 def forget_gone(db: Db) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
+import os
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -59,6 +60,7 @@ class Store:
         self._keys = dict(keys)
         self._cache = cards.CardCache()
         self._owner = b""           # this process, where others share the store (`join`)
+        self._node = b""
         self._checked_at = 0.0
         self.on_outcome: Callable[[OutcomeEntry], object] | None = None     # told of each line of `malote log`, for metrics
 
@@ -114,7 +116,10 @@ class Store:
         except BaseException:
             await writer.close()
             raise
-        return cls(writer, None, keys)
+        store = cls(writer, None, keys)
+        if not readonly:
+            store._node = place.node or machine_id
+        return store
 
     async def close(self) -> None:
         """Write what is waiting and close the file."""
@@ -355,11 +360,24 @@ class Store:
 
         `before`: one that is known to be dead, and in whose place this one was started."""
         def join(db: Db) -> None:
-            members.leave(db, before)
+            if before:
+                members.leave(db, before)
             members.forget_gone(db)
             members.renew(db, owner, accounts)
         await self._writer.write(join)
         self._owner = owner
+
+    def new_owner(self) -> bytes:
+        """For `join`."""
+        return self._node_mark + os.urandom(8)
+
+    async def bury_node(self) -> None:
+        """Whatever process of this node was a member is dead: its lock is ours."""
+        await self._writer.write(lambda db: members.bury(db, self._node_mark))
+
+    @property
+    def _node_mark(self) -> bytes:
+        return hmac_sha256(self._key("host"), self._node)[:members.NODE_BYTES]
 
     async def renew_membership(self, accounts: int) -> None:
         """`accounts`: how many mailboxes this process could watch."""
