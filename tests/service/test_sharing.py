@@ -10,13 +10,14 @@ import signal
 import smtplib
 import time
 from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
 import pytest
 
 from lab.daemon import PASSPHRASE, Daemon, Home, account, free_port, rule, upstream
 from lab.fleet import Load, check_arrivals
+from lab.haproxy import Haproxy
 from lab.servers import HOST, Dovecot, Lab
 from malote.core.identity import Identity
 from malote.identities import open_identities
@@ -78,6 +79,37 @@ async def test_workers_killed_at_random_under_load(home: Home, tmp_path: Path, k
             assert len(daemon.records("worker ended")) == kills
             assert await asyncio.to_thread(daemon.stop) == 0
         total = await check_arrivals(load, server, await people_of(home.root / "store"), tmp_path, SECRET)
+        assert total["FRESH"] == 2 * len(load.taken) > 0
+
+
+@pytest.mark.parametrize("kills", KILLS)
+async def test_nodes_killed_at_random_under_load(tmp_path: Path, postgres_url: str, kills: int) -> None:
+    """Three nodes on one PostgreSQL behind haproxy: whichever dies, with kill -9, its clients' retries go to the others, and what
+    arrives is the same as with one node that lives."""
+    dice = random.Random(kills)
+    async with Upstream() as server, AsyncExitStack() as stack:
+        homes = [Home(tmp_path / f"node{number}") for number in range(3)]
+        ports = [free_port() for _ in homes]
+        for home, port in zip(homes, ports, strict=True):
+            home.configure(listens(port, OPEN + '\nproxies = ["127.0.0.1"]') + upstream(server.port, None) + rule("require"),
+                           store=f'url = "{postgres_url}"')
+        await asyncio.to_thread(give_keys, homes[0])
+        nodes = [await stack.enter_async_context(running(home)) for home in homes]
+        with Haproxy(tmp_path, ports) as balancer:
+            load = Load(balancer.port, ALICE, [BOB, DAVE])
+            clients = load.start()
+            for _ in range(kills):
+                await asyncio.sleep(1 + dice.random())
+                number = dice.randrange(len(nodes))
+                nodes[number].signal(signal.SIGKILL)
+                await asyncio.to_thread(nodes[number].wait)
+                nodes[number] = await stack.enter_async_context(running(homes[number]))
+            load.stop()
+            await clients
+            assert [await asyncio.to_thread(node.stop) for node in nodes] == [0, 0, 0]
+        served = [len(node.records("message")) for node in nodes]
+        assert all(served), f"haproxy sent to some nodes only: {served}"
+        total = await check_arrivals(load, server, await people_of(postgres_url), tmp_path, SECRET)
         assert total["FRESH"] == 2 * len(load.taken) > 0
 
 
