@@ -282,6 +282,23 @@ def test_a_second_service_on_the_same_store_is_exit_code_2(home: Home, port: int
         assert daemon.stop() == 0
 
 
+def test_the_limit_on_connections_is_one_for_all_workers(home: Home, port: int) -> None:
+    """However they are spread; and what a killed worker had open does not count any more."""
+    home.config.write_text(home.config.read_text() + "[limits]\nconnections = 5\n")
+    with home.daemon() as daemon:
+        clients = [smtplib.SMTP(HOST, port) for _ in range(5)]
+        with pytest.raises(smtplib.SMTPConnectError) as refused:
+            smtplib.SMTP(HOST, port)
+        assert refused.value.smtp_code == 421
+        victim = worker_that_serves(daemon, clients[0])
+        os.kill(victim, signal.SIGKILL)
+        daemon.until(lambda: len(daemon.records("ready")) == 4, "it is started again")
+        assert answers(port)
+        for client in clients:
+            client.close()
+        assert daemon.stop() == 0
+
+
 def test_the_memory_budget_is_one_for_all_workers() -> None:
     """What one uses, another cannot; what a dead one held is free again."""
     siblings = Siblings(3)
