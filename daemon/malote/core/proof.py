@@ -4,14 +4,14 @@ Written from docs/format.md 4.2 alone. It takes no value and no line of code fro
 `core.outer`): it knows what was decided, works out by itself what the message must look like, and refuses every other byte. So
 a fault anywhere before it, of whatever kind, ends as a refusal and not as text on the wire.
 
-Where bytes are left that nobody can foresee (they are random), each is held to a form that holds no text: SECURITY is in
-docs/threat-model.md, "The last check".
+Where bytes are left that nobody can foresee (they are random), each is held to a form that holds no text; what is left to whom is in
+docs/threat-model.md 7.1.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from email.utils import format_datetime
@@ -20,9 +20,9 @@ from hashlib import sha256
 
 import pybase64
 
+from malote.core.proof_trace import check_trace, folded
 from malote.errors import NotProven
 
-WIDTH = 78                      # RFC 5322 2.1.1: where outer fields are folded
 LINE, LINE_AND_END = 76, 78     # base64 characters of a line (RFC 2045 6.8); with CRLF
 BLOCK = 1024 * LINE_AND_END     # bytes looked at at once: fits the cache, and a large message is never held twice
 VERSION_SUITE = b"\x01\x00\x01"                                         # docs/format.md 3.1
@@ -32,7 +32,6 @@ BLOB_HEAD = b"\x89MLK\r\n\x1a\n" + VERSION_SUITE                        # 5.1
 BLOB_BYTES, BLOB_TYPE_AND_LENGTH = 1222, b"\x01\x04\xa8"
 MAX_RECIPIENTS = 100                                                    # 4.2
 MIN_CONTAINER_BYTES = 4096                                              # 6.2
-MAX_TRACE_BYTES, MAX_TRACE_WORD = 4000, 900                             # 4.3
 
 NOTE = (
     b"Content-Type: text/plain; charset=us-ascii\r\nContent-Transfer-Encoding: 7bit\r\n\r\n"
@@ -42,7 +41,7 @@ NOTE = (
     b"If you read this, the message has not been opened yet: start malote on the\r\n"
     b"computer where your keys are, or save this message and use `malote open`.\r\n"
 )
-_PART = (b"--%b\r\nContent-Type: application/vnd.malote.%b\r\nContent-Transfer-Encoding: base64\r\n"
+PART = (b"--%b\r\nContent-Type: application/vnd.malote.%b\r\nContent-Transfer-Encoding: base64\r\n"
          b'Content-Disposition: attachment; filename="%b"\r\n\r\n')
 _FOLDED = rb"([^\r\n]+(?:\r\n [^\r\n]+)*)\r\n"
 _HEAD = re.compile(
@@ -50,22 +49,12 @@ _HEAD = re.compile(
     rb"Message-ID: <([0-9a-f]{32})@([^\r\n<>@ ]+)>\r\n"
     rb"(?:In-Reply-To: " + _FOLDED + rb")?(?:References: " + _FOLDED + rb")?"
     rb"(?:Auto-Submitted: (?:no|auto-generated|auto-replied|auto-notified)\r\n)?"
+)
+_MIME = re.compile(
     rb'MIME-Version: 1\.0\r\nContent-Type: multipart/mixed; boundary="(=_mlt_[A-Za-z0-9_-]{22})"\r\nMalote: 1\r\n\r\n'
 )
 # one address of a list: a quoted local part may hold anything, also a comma
 _LISTED = re.compile(r'((?:"(?:[^"\\]|\\.)*"|[^", ])+)(?:, |\Z)')
-_OWN_TRACE = re.compile(
-    rb"Received: by [!-'*-:<-~]{1,255} \(malote\) with [A-Z0-9]{1,12};\r\n "
-    rb"[A-Z][a-z]{2}, \d\d [A-Z][a-z]{2} \d{4} \d\d:\d\d:\d\d \+0000\r\n"
-)
-_TRACE = re.compile(rb"received[ \t\r\v\f]*:([^\n]*(?:\n[ \t][^\n]*)*)", re.IGNORECASE)
-_UNFOLD = re.compile(rb"\r?\n(?=[ \t])")
-_MARKS = re.compile(rb'\\.|["()]', re.DOTALL)
-# RFC 5321 4.4, in lower case: the clause begins with the word and ends before the date or the next clause
-_FOR = re.compile(rb"for(?<![a-z0-9.@+-]for)(?![a-z0-9.@+-])")
-_CLAUSE = re.compile(rb";|(?<=[ \t\r\n])(?:from|by|via|with|id)[ \t\r\n]")
-_WORD_FOR = re.compile(rb"\bfor\b")
-_NOT_PRINTABLE = re.compile("[^ -~]")
 _PRINTABLE = bytes(range(32, 127))
 # Of 512 random bytes, 322 are not printable ASCII, give or take 11; of 512 bytes of text or JSON, hardly one. Below 200 it is
 # no ciphertext; that random bytes come that low is less likely than 2^-80.
@@ -97,16 +86,24 @@ def check_sealed(raw: bytes, facts: Facts) -> None:
     """
     if type(raw) is not bytes:      # nothing that may change after this look, or that only behaves like bytes
         raise NotProven("no bytes")
-    position = _check_trace(raw, facts)
-    head = _HEAD.match(raw, position)
+    position = check_header(raw, 0, facts)
+    head = _MIME.match(raw, position)
+    if head is None:
+        raise NotProven("end of the outer header")
+    check_body(raw, head.end(), head[1], facts.kids, facts.payload)
+
+
+def check_header(raw: bytes, position: int, facts: Facts) -> int:
+    """Where the outer header, which begins at `position`, ends: before MIME-Version. Raises `NotProven`."""
+    head = _HEAD.match(raw, check_trace(raw, position, facts.received, facts.original))
     if head is None:
         raise NotProven("outer header")
     _check_header(head, facts)
-    _check_body(raw, head.end(), head[9], facts.kids, facts.payload)
+    return head.end()
 
 
 def _check_header(head: re.Match[bytes], facts: Facts) -> None:
-    sender, to, cc, date, unique, domain, in_reply_to, references, _ = head.groups()
+    sender, to, cc, date, unique, domain, in_reply_to, references = head.groups()
     if sender != facts.sender.encode():
         raise NotProven("From")
     if to is not None:
@@ -138,139 +135,20 @@ def _check_addresses(name: str, value: bytes, shown: frozenset[str]) -> None:
         return
     found = _LISTED.findall(text.replace("\r\n ", " "))
     words = [f"{address}," for address in found[:-1]] + found[-1:]
-    if not shown.issuperset(found) or len(set(found)) != len(found) or _folded(name, words) != value:
+    if not shown.issuperset(found) or len(set(found)) != len(found) or folded(name, words) != value:
         raise NotProven(name)
 
 
 def _check_ids(name: str, value: bytes, known: Collection[str]) -> None:
     words = value.decode("ascii", "replace").replace("\r\n ", " ").split(" ")
-    if not all(word in known for word in words) or _folded(name, words) != value:
+    if not all(word in known for word in words) or folded(name, words) != value:
         raise NotProven(name)
-
-
-def _folded(name: str, words: Sequence[str]) -> bytes:
-    """The value of a field, folded before the word that would end beyond `WIDTH`."""
-    out: list[str] = []
-    column = len(name) + 1
-    for word in words:
-        if out and column + 1 + len(word) > WIDTH:
-            out.append("\r\n ")
-            column = 0
-        elif out:
-            out.append(" ")
-        column += 1 + len(word)
-        out.append(word)
-    return "".join(out).encode("utf-8", "surrogatepass")
-
-
-# --- Received: ours, and those of the original without whoever they were for
-
-
-def _check_trace(raw: bytes, facts: Facts) -> int:
-    """Where the fields after Received begin."""
-    position = 0
-    if facts.received:
-        position = _check_line(raw, 0, _own_trace(facts.received))
-    for value in _traces(facts.original):
-        position = _check_line(raw, position, _trace(value))
-    return position
-
-
-def _check_line(raw: bytes, position: int, line: bytes) -> int:
-    if not raw.startswith(line, position):
-        raise NotProven("Received")
-    return position + len(line)
-
-
-@lru_cache(maxsize=8)       # of this second
-def _own_trace(received: bytes) -> bytes:
-    if not _OWN_TRACE.fullmatch(received):
-        raise NotProven("our Received")
-    return _trace(received.partition(b":")[2])
-
-
-def _traces(original: bytes) -> Iterator[bytes]:
-    """The values of the top-level Received fields, as they stand."""
-    header = original[:_header_end(original)]
-    lower = b"\n" + header.lower()
-    at = lower.find(b"\nreceived")
-    while at >= 0:
-        found = _TRACE.match(header, at)
-        if found is not None:
-            yield found[1]
-        at = lower.find(b"\nreceived", at + 1)
-
-
-def _header_end(original: bytes) -> int:
-    if original.startswith((b"\r\n", b"\n")):
-        return 0
-    end = original.find(b"\n\r\n")
-    other = original.find(b"\n\n", 0, end if end >= 0 else len(original))
-    ends = [at + 1 for at in (end, other) if at >= 0]
-    return min(ends, default=len(original))
-
-
-def _trace(value: bytes) -> bytes:
-    """The whole line for the value of a Received field: without its `for` clause, without comments that name somebody."""
-    value = _UNFOLD.sub(b"", value).strip(b" \t\r\n")[:MAX_TRACE_BYTES]
-    kept, shadow = _without_comments(value)
-    clause = _FOR.search(shadow)
-    if clause is not None:
-        pieces: list[bytes] = []
-        position = 0
-        while clause is not None:
-            pieces.append(kept[position:clause.start()])
-            end = _CLAUSE.search(shadow, clause.end())
-            position = end.start() if end is not None else len(shadow)
-            clause = _FOR.search(shadow, position)
-        kept = b"".join([*pieces, kept[position:]])
-    text = kept.replace(b"\t", b" ").decode("latin-1")
-    if not (text.isascii() and text.isprintable()):
-        text = _NOT_PRINTABLE.sub("?", text)
-    words = [word[:MAX_TRACE_WORD] for word in text.split(" ") if word]
-    return b"Received: " + _folded("Received", words or ["(removed)"]) + b"\r\n"
-
-
-def _without_comments(value: bytes) -> tuple[bytes, bytes]:
-    """The value without comments that hold an address or the word "for"; and the same in lower case, with other comments and what
-    is in quotes blotted out, for nothing in them is a clause (RFC 5322 3.2.2, 3.2.4). What is not closed reaches to the end."""
-    lower = value.lower()
-    kept: list[bytes] = []
-    shadow: list[bytes] = []
-    depth = position = 0
-    quoted = False
-    for mark in _MARKS.finditer(value):
-        sign = mark[0]
-        if depth:
-            depth += (sign == b"(") - (sign == b")")
-            if depth:
-                continue
-            end, piece = mark.end(), lower[position:mark.end()]
-            if b"@" not in piece and not (b"for" in piece and _WORD_FOR.search(piece)):
-                kept.append(value[position:end])
-                shadow.append(b" " * len(piece))
-        elif quoted and sign == b'"':
-            quoted, end = False, mark.end()
-            kept.append(value[position:end])
-            shadow.append(b"_" * (end - position))
-        elif not quoted and sign in b'("':
-            depth, quoted, end = int(sign == b"("), sign == b'"', mark.start()
-            kept.append(value[position:end])
-            shadow.append(lower[position:end])
-        else:
-            continue
-        position = end
-    rest = lower[position:]
-    if not (depth and (b"@" in rest or _WORD_FOR.search(rest))):
-        kept.append(value[position:])
-        shadow.append(b" " * len(rest) if depth else b"_" * len(rest) if quoted else rest)
-    return b"".join(kept), b"".join(shadow)
 
 
 # --- the body
 
 
-def _check_body(raw: bytes, position: int, boundary: bytes, kids: Sequence[str], payload: Buffer | None) -> None:
+def check_body(raw: bytes, position: int, boundary: bytes, kids: Sequence[str], payload: Buffer | None) -> None:
     """From the first boundary to the last byte. `payload` None: somebody else sealed it, and only the form is known."""
     if not 1 <= len(kids) <= MAX_RECIPIENTS:
         raise NotProven("number of recipients")
@@ -281,7 +159,7 @@ def _check_body(raw: bytes, position: int, boundary: bytes, kids: Sequence[str],
     eids: set[bytes] = set()
     for number, kid in enumerate(kids, 1):
         position = _check_blob(raw, position, boundary, number, kid, eids)
-    head = _PART % (boundary, b"sealed", b"message.mlp")
+    head = PART % (boundary, b"sealed", b"message.mlp")
     end = b"--%b--\r\n" % boundary
     if not raw.startswith(head, position):
         raise NotProven("number of key blobs, or head of the sealed part")
@@ -291,18 +169,18 @@ def _check_body(raw: bytes, position: int, boundary: bytes, kids: Sequence[str],
 
 
 def _check_blob(raw: bytes, position: int, boundary: bytes, number: int, kid: str, eids: set[bytes]) -> int:
-    head = _PART % (boundary, b"key-blob; kid=%b" % kid.encode() if kid else b"key-blob", b"key-%d.mlk" % number)
+    head = PART % (boundary, b"key-blob; kid=%b" % kid.encode() if kid else b"key-blob", b"key-%d.mlk" % number)
     if not raw.startswith(head, position):
         raise NotProven("head of a key blob")
     position += len(head)
-    blob = _binary(raw[position:position + _BLOB_TEXT_BYTES], last=True)
+    blob = _binary(raw[position:position + BLOB_TEXT_BYTES], last=True)
     if len(blob) != BLOB_BYTES or not blob.startswith(BLOB_HEAD) or blob[27:30] != BLOB_TYPE_AND_LENGTH or _is_text(blob[30:]):
         raise NotProven("key blob")
     eids.add(blob[11:27])
-    return position + _BLOB_TEXT_BYTES
+    return position + BLOB_TEXT_BYTES
 
 
-_BLOB_TEXT_BYTES = 1632 + 22 * 2        # 1222 bytes are 1632 characters, in 22 lines
+BLOB_TEXT_BYTES = 1632 + 22 * 2        # 1222 bytes are 1632 characters, in 22 lines
 
 
 def _check_payload(raw: bytes, start: int, end: int, eids: set[bytes], payload: Buffer | None) -> None:
@@ -365,47 +243,3 @@ def _is_text(data: bytes) -> bool:
     sample = data[:_SAMPLE_BYTES]
     return len(sample) == _SAMPLE_BYTES and not (
         len(sample.translate(None, _PRINTABLE)) >= _SAMPLE_NOT_PRINTABLE and sample.count(0) < _SAMPLE_BYTES // 4)
-
-
-# --- what is said to be encrypted already
-
-_ADDRESS = rb'(?:"(?:[^"\\\r\n]|\\.)*"|[^\s"<>(),;:@]+)@[^\s"<>(),;@]+'
-_IDS = rb"<[^\s<>]+>(?: <[^\s<>]+>)*"
-_OUTER_FIELD = re.compile(
-    rb"received[ \t]*:.*|(?:from|to|cc)[ \t]*:[ \t]*%b(?:, %b)*|subject[ \t]*:[ \t]*\[\.\.\.\]|"
-    rb"date[ \t]*:[ \t]*[a-z]{3}, \d\d [a-z]{3} \d{4} \d\d:\d\d:\d\d \+0000|"
-    rb"(?:message-id|in-reply-to|references)[ \t]*:[ \t]*%b|auto-submitted[ \t]*:[ \t]*[a-z-]+|"
-    rb"mime-version[ \t]*:[ \t]*1\.0|malote[ \t]*:[ \t]*1|"
-    rb'content-type[ \t]*:[ \t]*multipart/mixed; boundary="=_mlt_[a-z0-9_-]{22}"' % (_ADDRESS, _ADDRESS, _IDS),
-    re.IGNORECASE | re.DOTALL)
-_BOUNDARY = re.compile(rb'multipart/mixed; boundary="(=_mlt_[A-Za-z0-9_-]{22})"[ \t]*\Z')
-_ENCRYPTED = re.compile(rb"(?:multipart/encrypted|application/(?:x-)?pkcs7-mime)[ \t]*;", re.IGNORECASE)
-_BLOB_KID = re.compile(
-    rb"--=_mlt_[A-Za-z0-9_-]{22}\r\nContent-Type: application/vnd\.malote\.key-blob(?:; kid=([0-9a-f]{16}))?\r\n")
-
-
-def check_covered(original: bytes) -> None:
-    """Raises `NotProven` unless `original`, which leaves as it is, is of a kind that is encrypted: sealed by malote, and then
-    nothing but the parts of that; or OpenPGP or S/MIME by its type (what is in those, `core.encrypted` has looked at)."""
-    end = _header_end(original)
-    lines = [_UNFOLD.sub(b"", line).strip(b" \t\r\n") for line in re.split(rb"\n(?![ \t])", original[:end])]
-    fields = [line for line in lines if line]
-    types = [line.partition(b":")[2].strip() for line in fields if line.lower().startswith(b"content-type")]
-    if len(types) != 1:
-        raise NotProven("type of what is said to be encrypted")
-    boundary = _BOUNDARY.match(types[0])
-    if boundary is None:
-        if _ENCRYPTED.match(types[0]) is None:
-            raise NotProven("type of what is said to be encrypted")
-        return
-    if not all(map(_OUTER_FIELD.fullmatch, fields)):
-        raise NotProven("header of what is said to be sealed")
-    start = end + 2         # the empty line
-    position = start + len(boundary[1]) + 4 + len(NOTE)
-    kids: list[str] = []
-    while (blob := _BLOB_KID.match(original, position)) is not None and len(kids) <= MAX_RECIPIENTS:
-        kid = (blob[1] or b"").decode()
-        head = _PART % (boundary[1], b"key-blob; kid=%b" % blob[1] if kid else b"key-blob", b"key-%d.mlk" % (len(kids) + 1))
-        kids.append(kid)
-        position += len(head) + _BLOB_TEXT_BYTES
-    _check_body(original, start, boundary[1], kids, None)

@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 
 from malote.config import Level
 from malote.core.policy import Action
-from malote.core.proof import Facts, check_covered, check_sealed
+from malote.core.proof import Facts, check_sealed
+from malote.core.proof_plain import check_covered, check_notice
 from malote.errors import NotProven
 from malote.outgoing.copies import Copy, Letter
 from malote.outgoing.groups import Group
@@ -65,6 +66,28 @@ def _must_be_encrypted(recipient: Recipient) -> bool:
     return recipient.decision.level is Level.REQUIRE
 
 
+@dataclass(frozen=True, slots=True)
+class NoticeClearance:
+    """For a notice to the sender about some of the recipients of a letter (notice.py). It leaves unsealed."""
+
+    letter: Letter
+    sender: str
+
+    def check(self, content: bytes | bytearray, paths: Sequence[str]) -> None:
+        """As `Clearance.check`. Where nothing was to be sealed, the notice tells nothing that did not leave anyway."""
+        if list(paths) != [self.sender]:
+            raise NotProven("a notice to somebody else")
+        if any(recipient.action is not Action.PLAIN for recipient in self.letter.recipients.values()):
+            check_notice(bytes(content), self.sender, _header_facts(self.letter))
+
+
+def _header_facts(letter: Letter, kids: tuple[str, ...] = (), payload: bytes | bytearray = b"") -> Facts:
+    return Facts(
+        sender=letter.sender_address, shown=letter.shown, sent_at_ms=letter.sent_at_ms, received=letter.received,
+        original=letter.original, message_id=letter.message_id, outer_ids=letter.known_outer_ids.values(), kids=kids,
+        payload=payload)
+
+
 def _facts(letter: Letter, recipients: Sequence[Recipient], copy: Copy, *, with_self: bool) -> Facts:
     shown = letter.shown
     visible = all(recipient.address in shown for recipient in recipients)
@@ -78,7 +101,4 @@ def _facts(letter: Letter, recipients: Sequence[Recipient], copy: Copy, *, with_
         if card is None:
             raise NotProven("a sealed copy for somebody without a card")
         kids.append(card.encryption_key(letter.sent_at_ms).id[:8].hex() if visible else "")
-    return Facts(
-        sender=letter.sender_address, shown=shown, sent_at_ms=letter.sent_at_ms, received=letter.received,
-        original=letter.original, message_id=letter.message_id, outer_ids=letter.known_outer_ids.values(), kids=tuple(kids),
-        payload=copy.payload)
+    return _header_facts(letter, tuple(kids), copy.payload)

@@ -13,8 +13,9 @@ import structlog
 
 from malote.core.policy import Action
 from malote.core.primitives import sha256
-from malote.errors import UpstreamError
+from malote.errors import NotProven, UpstreamError
 from malote.outgoing.answers import Outcome
+from malote.outgoing.clearance import NoticeClearance
 from malote.outgoing.copies import Letter, make_outer
 from malote.outgoing.delivery import Delivery
 from malote.outgoing.envelope import mail_params
@@ -54,7 +55,11 @@ async def notify_sender(refused: Sequence[str], outcomes: Mapping[str, Outcome],
         envelope_id=str(tx.params.get("ENVID", "")), token=token.hex(), arrived_ms=letter.sent_at_ms, now_ms=now_ms)
     try:
         async with asyncio.timeout_at(delivery.deadline):
-            return await _send(tx.lane, tx.sender, notice)
+            return await _send(tx.lane, tx.sender, notice, NoticeClearance(letter, tx.sender))
+    except NotProven as error:
+        log.error("stopped by the last check", id=letter.submission_id.hex(), found=str(error), recipients=1)
+        delivery.alarm = str(error)
+        return False
     except (UpstreamError, TimeoutError) as error:
         log.warning("notification not sent", id=letter.submission_id.hex(), error=type(error).__name__)
         return False
@@ -72,7 +77,7 @@ def _seen_outside(delivery: Delivery) -> bytes:
     return outer.raw.replace(outer.message_id.encode(), shown.encode())
 
 
-async def _send(lane: Lane, sender: str, notice: bytes) -> bool:
+async def _send(lane: Lane, sender: str, notice: bytes, clearance: NoticeClearance) -> bool:
     extensions = lane.extensions
     client: dict[str, str | bool] = {} if notice.isascii() else {"BODY": "8BITMIME"}
     params = mail_params(client, sealed=False, size=len(notice), addresses=[sender], utf8_header=not notice.isascii(),
@@ -82,6 +87,6 @@ async def _send(lane: Lane, sender: str, notice: bytes) -> bool:
         if reply.code // 100 != 2:
             return False
         reply = await connection.rcpt(sender, {"NOTIFY": "NEVER"} if "DSN" in connection.extensions else {})
-        return reply.code // 100 == 2 and (await connection.data(notice))[0].code // 100 == 2
+        return reply.code // 100 == 2 and (await connection.data(notice, gate=clearance.check))[0].code // 100 == 2
     finally:
         await lane.release(connection)

@@ -97,6 +97,10 @@ class Line:
     why: str = ""       # it was refused by us
     states: dict[State, int] = field(default_factory=dict)
 
+    def note_alarm(self, alarm: str) -> None:
+        if alarm:
+            self.outcome, self.why = "stopped", f"by the last check: {alarm}"
+
 
 @dataclass(frozen=True, slots=True)
 class Finished:
@@ -427,8 +431,7 @@ class Submissions:
                 recorder.left(letter, groups, outcomes)
             turn.accepted.update((address, each.reply) for address, each in outcomes.items() if each.state is State.ACCEPTED)
             self._count(line, letter, outcomes, delivery.copies)
-            if delivery.alarm:
-                line.outcome, line.why = "stopped", f"by the last check: {delivery.alarm}"
+            line.note_alarm(delivery.alarm)
             done = all(outcome.state is State.ACCEPTED for outcome in outcomes.values())
             await self._finish(plan, delivery, turn, wait=not done)
         if delivery.outer_ids:
@@ -438,6 +441,7 @@ class Submissions:
         answer = decide_answer(outcomes, relay=relay, can_notify=relay and may_notify(tx.sender, letter), silent=silent)
         if answer.notify and not await notify_sender(answer.notify, outcomes, delivery, tx, host=self._host,
                                                      remote=self.config.upstream.host, now_ms=self.clock_ms()):
+            line.note_alarm(delivery.alarm)
             return Finished(_NOT_NOTIFIED)
         if answer.settled:
             await self._settle(answer, outcomes, plan, turn)

@@ -24,7 +24,10 @@ Gate = Callable[["bytes | bytearray", "Sequence[str]"], object]
 
 BLOCK_BYTES = 256 * 1024    # one write of a message body; the block timer of RFC 5321 4.5.3.2.5 restarts with each
 
-_PARAMETER = re.compile(r"[A-Za-z0-9][A-Za-z0-9-]*(?:=[^\x00-\x20\x7f]*)?")
+# Who is asked what a path may be is smtp/path.py; here only: one word, or in quotes, and parameters with values
+_COMMAND = re.compile(
+    r'(?:MAIL FROM|RCPT TO):<(?:[^\x00-\x20\x7f<>"]|"(?:[^"\\\x00-\x1f]|\\[ -~])*"@)*>'
+    r"(?: (?:SMTPUTF8|REQUIRETLS|[A-Z0-9-]{1,20}=[^\x00-\x20\x7f]*))*")
 
 # LMTP answers per recipient: this one stands for an answer that never came after others had.
 IN_DOUBT = Reply(451, "4.4.2", "Connection lost before the answer, try again later")
@@ -136,7 +139,7 @@ class UpstreamConnection(UpstreamWire):
         self.transactions += 1
         self._rcpts = []
         self._paths = []
-        return self.command(f"MAIL FROM:<{address}>{_parameters(params)}")
+        return self._begin_or_add(_line("MAIL FROM", address, params))
 
     async def begin(self, address: str, params: Params, then: Then | None = None) -> Reply:
         """MAIL FROM, and its reply. `then` gives a RCPT for the same packet; it is called only where the server offers PIPELINING
@@ -152,10 +155,16 @@ class UpstreamConnection(UpstreamWire):
     def rcpt(self, address: str, params: Params) -> asyncio.Future[Reply]:
         """RCPT TO, pipelined: the future gives the reply of this recipient."""
         refused = self._missing(address, params)
-        future = self._refuse(refused) if refused else self.command(f"RCPT TO:<{address}>{_parameters(params)}")
+        future = self._refuse(refused) if refused else self._begin_or_add(_line("RCPT TO", address, params))
         self._rcpts.append(future)
         self._paths.append(address)
         return future
+
+    def _begin_or_add(self, line: str) -> asyncio.Future[Reply]:
+        """Raises `ValueError` for what is no MAIL or RCPT: in a command, no text leaves."""
+        if _COMMAND.fullmatch(line) is None:
+            raise ValueError("line end, or what is no path or parameter, inside an SMTP command")
+        return self.command(line)
 
     def _missing(self, address: str, params: Params) -> Reply | None:
         extensions = self.extensions
@@ -272,12 +281,9 @@ class UpstreamConnection(UpstreamWire):
         self.stop_timer()
 
 
-def _parameters(params: Params) -> str:
-    """Raises `ValueError` for what is no parameter (RFC 5321 4.1.2): a command carries no text."""
-    words = [name if value is True else f"{name}={value}" for name, value in params.items() if value is not False]
-    if not all(map(_PARAMETER.fullmatch, words)):
-        raise ValueError("not an SMTP parameter")
-    return "".join([f" {word}" for word in words])
+def _line(verb: str, address: str, params: Params) -> str:
+    words = "".join([f" {name}" if value is True else f" {name}={value}" for name, value in params.items() if value is not False])
+    return f"{verb}:<{address}>{words}"
 
 
 def _is_refusal(reply: asyncio.Future[Reply]) -> bool:
