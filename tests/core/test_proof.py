@@ -21,7 +21,8 @@ from malote.core.outer import outer_headers
 from malote.core.payload import container_bytes
 from malote.core.proof import Facts, check_sealed
 from malote.core.proof_plain import check_covered, check_notice
-from malote.errors import FormatError, NotProven
+from malote.errors import FormatError, NotProven, Reply
+from malote.outgoing.notice import Refused, make_notice
 
 ROOT = Path(__file__).resolve().parents[2]
 OURS = b"Received: by gateway.a.example (malote) with ESMTPSA;\r\n Mon, 21 Sep 2026 14:13:20 +0000\r\n"
@@ -306,3 +307,23 @@ def test_what_is_not_encrypted_is_known(raw: bytes) -> None:
 @pytest.mark.parametrize("kind", ["multipart/encrypted; protocol=x", "application/pkcs7-mime; smime-type=enveloped-data"])
 def test_other_formats_are_known_by_their_type(kind: str) -> None:
     check_covered(f"From: a@b\r\nContent-Type: {kind}\r\n\r\n".encode())
+
+
+def test_a_notice_holds_nothing_of_the_message() -> None:
+    """Every line of the original, and each of ours again, at every line of the notice; and another recipient."""
+    facts = one()[1]
+    outer = outer_headers(ORIGINAL, sent_at_ms=NOW_MS, sender_domain="a.example", received=OURS, known_outer_ids=THREAD)
+    refused = [Refused("dora@d.example", Reply(550, "5.1.1", "no such user"), "rfc822;dora@d.example", "mx.d.example"),
+               Refused("dörte@d.example", Reply(554, "", "no"))]
+    notice = make_notice(refused, sender="alice@a.example", host="gateway.a.example", outer_headers=outer.raw, envelope_id="QQ1",
+                         token="0" * 32, arrived_ms=NOW_MS, now_ms=NOW_MS)
+    check_notice(notice, "alice@a.example", facts)
+    pieces = {*(line + b"\r\n" for line in ORIGINAL.split(b"\r\n")), ORIGINAL}
+    for at in [0, *(found.end() for found in re.finditer(b"\r\n", notice))]:
+        for piece in pieces:
+            with pytest.raises(NotProven):
+                check_notice(notice[:at] + piece + notice[at:], "alice@a.example", facts)
+    with pytest.raises(NotProven):
+        check_notice(notice, "mallory@a.example", facts)
+    with pytest.raises(NotProven):
+        check_notice(notice.replace(b"[...]", b"the secret"), "alice@a.example", facts)

@@ -4,7 +4,7 @@ Written from docs/format.md 4.2 alone. It takes no value and no line of code fro
 `core.outer`): it knows what was decided, works out by itself what the message must look like, and refuses every other byte. So
 a fault anywhere before it, of whatever kind, ends as a refusal and not as text on the wire.
 
-Where bytes are left that nobody can foresee (they are random), each is held to a form that holds no text; what is left to whom is in
+Where bytes are left that nobody can foresee (they are random), each is held to a form that holds no text; what remains is in
 docs/threat-model.md 7.1.
 """
 
