@@ -219,7 +219,7 @@ def unavailable(cause: BaseException) -> MaloteError:
     """What the caller gets for an error of the database. The cause stays for the log; its text goes nowhere else."""
     if isinstance(cause, MaloteError):
         return cause
-    state = getattr(cause, "sqlstate", None) or ""
+    state = getattr(cause, "sqlstate", None) or ("08" if isinstance(cause, _CUT) else "")
     words, hint = "the store cannot be used", ""
     if isinstance(cause, ssl.SSLCertVerificationError):
         words, hint = "the certificate of the database server is not trusted", "store.ca_file; its name must be that of store.url"

@@ -146,6 +146,10 @@ class PostgresWriter:
                 if is_contention(error) and count < TRIES:
                     await self._roll_back()
                     await asyncio.sleep(random.uniform(0, 0.005 * 2**count))     # noqa: S311 -- so that two do not meet again
+                    if count > 1 and len(jobs) > 1:     # what holds one row at a time cannot be in a circle
+                        for job in jobs:
+                            await self._run([job], write=write)
+                        return
                     continue
                 lost = is_disconnect(error, self._connection)
                 await self._drop_connection()
