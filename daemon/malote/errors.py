@@ -167,6 +167,14 @@ class StoreUnavailable(MaloteError):
     exit_code = ExitCode.STORE
 
 
+class Contended(StoreUnavailable):
+    """Another process changed in between what an operation of the store had read: run again, it sees that. Only on PostgreSQL."""
+
+
+class CommitInDoubt(StoreUnavailable):
+    """The answer of the database to COMMIT did not come: written or not, both are possible."""
+
+
 class NotProven(MaloteError):
     """What was about to leave is not what was decided: a fault of ours, stopped by the last check. The text names the piece."""
 

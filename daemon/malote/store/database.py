@@ -26,10 +26,6 @@ Row = tuple[Any, ...]
 T = TypeVar("T")
 
 
-class Contended(StoreUnavailable):
-    """Another process changed in between what the operation had read: run again, it sees that. Only on PostgreSQL."""
-
-
 class Db(ABC):
     """A transaction: what every operation of the store is a function of. Values are int, str, bytes and None only."""
 

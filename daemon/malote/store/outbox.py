@@ -15,9 +15,9 @@ from dataclasses import replace
 from sqlalchemy import and_, bindparam, case, delete, null, select, tuple_, update
 from sqlalchemy.dialects.postgresql import insert
 
-from malote.errors import ClockWrong
+from malote.errors import ClockWrong, Contended
 from malote.store import members
-from malote.store.database import Contended, Db, Row
+from malote.store.database import Db, Row
 from malote.store.records import Outcome, SendIntent, SendPlan, SendRecipient, SendRow, SendState
 from malote.store.schema import Statement, device, journal, serial
 

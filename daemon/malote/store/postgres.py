@@ -20,9 +20,9 @@ from sqlalchemy.util import await_only
 
 from malote.config import is_loopback
 from malote.database_url import parse_url
-from malote.errors import ConfigError, MaloteError, StoreUnavailable
+from malote.errors import ConfigError, Contended, MaloteError, StoreUnavailable
 from malote.private_files import read_private_file
-from malote.store.database import Contended, Db, Row
+from malote.store.database import Db, Row
 from malote.store.migrate import bring_up_to_date_postgres
 from malote.store.places import PostgresPlace
 from malote.store.schema import Statement

@@ -16,7 +16,7 @@ from typing import TypeVar
 import asyncpg
 from sqlalchemy.util import greenlet_spawn
 
-from malote.errors import StoreUnavailable
+from malote.errors import CommitInDoubt, StoreUnavailable
 from malote.store.database import Db
 from malote.store.postgres import (
     PostgresDb,
@@ -153,7 +153,7 @@ class PostgresWriter:
                     continue
                 lost = is_disconnect(error, self._connection)
                 await self._drop_connection()
-                if lost and not fresh and not isinstance(error, _InDoubt):      # it ended while idle: the server was restarted
+                if lost and not fresh and not isinstance(error, CommitInDoubt):   # it ended while idle: the server was restarted
                     fresh = True
                     continue
                 self._outage(jobs, error, write=write)
@@ -183,7 +183,7 @@ class PostgresWriter:
         try:
             status = await connection.execute("COMMIT")
         except Exception as error:
-            raise _InDoubt("the database server did not say whether it wrote") from error
+            raise CommitInDoubt("the database server did not say whether it wrote") from error
         if status != "COMMIT":
             raise StoreUnavailable("the database server wrote nothing")
         return True
@@ -263,10 +263,6 @@ class PostgresWriter:
                     log.warning("store operation dropped: %s", type(job.error).__name__)
                 if job.then is not None:
                     job.then()
-
-
-class _InDoubt(StoreUnavailable):
-    """The answer to COMMIT did not come: written or not, both are possible."""
 
 
 def is_lasting(error: BaseException) -> bool:
