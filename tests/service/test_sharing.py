@@ -82,6 +82,7 @@ async def test_workers_killed_at_random_under_load(home: Home, tmp_path: Path, k
         assert total["FRESH"] == 2 * len(load.taken) > 0
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kills", KILLS)
 async def test_nodes_killed_at_random_under_load(tmp_path: Path, postgres_url: str, kills: int) -> None:
     """Three nodes on one PostgreSQL behind haproxy: whichever dies, with kill -9, its clients' retries go to the others, and what
@@ -176,6 +177,7 @@ async def test_a_worker_killed_in_flight_holds_up_nobody(home: Home) -> None:
             assert message["ms"] < 25_000, "it waited for the membership of the dead one to run out"
 
 
+@pytest.mark.long
 def test_mailboxes_are_shared_and_taken_over(home: Home, lab: Lab, dovecot: Dovecot, tmp_path: Path) -> None:
     """Each mailbox is watched by one worker, both have some, and those of a killed one are watched again; mail is opened once."""
     users = [f"{name}{time.monotonic_ns()}@test.example" for name in ("first", "second", "third", "fourth")]
