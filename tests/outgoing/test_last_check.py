@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import asyncio
 import base64
+import gc
 import itertools
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable
@@ -150,6 +151,7 @@ def test_any_answer_of_any_function_and_nothing_plain_leaves(
     place = data.draw(st.sampled_from(inner), label="place")
     kinds = data.draw(st.lists(st.sampled_from(sorted(TWISTS)), min_size=5, max_size=5, unique=True), label="kinds")
     asyncio.run(with_faults(tmp_path_factory.mktemp("fault") / "store", place, kinds))
+    gc.collect()        # here, where it is expected
 
 
 @UNTIDY
@@ -158,8 +160,10 @@ def test_any_answer_of_any_function_and_nothing_plain_leaves(
 def test_every_answer_of_every_function(tmp_path: Path, part: int) -> None:
     for number, place in enumerate(chain()[part::20]):
         asyncio.run(with_faults(tmp_path / str(number), place, TWISTS))
+    gc.collect()
 
 
+@UNTIDY
 def test_without_the_check_these_faults_leak(tmp_path: Path) -> None:
     """So the two tests above would see it."""
     def wave_through(letter: copies.Letter, group: Group, copy: copies.Copy) -> Clearance:
@@ -172,6 +176,7 @@ def test_without_the_check_these_faults_leak(tmp_path: Path) -> None:
             patch.setattr(Clearance, "check", lambda *_: None)
             with pytest.raises(AssertionError, match=kind):
                 asyncio.run(with_faults(tmp_path / kind, place, [kind]))
+    gc.collect()
 
 
 # --- what is stopped, and how
