@@ -142,7 +142,7 @@ UNTIDY = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWar
 
 @UNTIDY
 @given(st.data())
-@settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_answer_of_any_function_and_nothing_plain_leaves(
         tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
     """A function that the message comes by, from the hands of the client's server to the socket of the next: it raises, gives
