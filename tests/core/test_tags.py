@@ -111,5 +111,5 @@ def test_tags_are_off_unless_configured() -> None:
     assert prepare(raw).controls is None
     assert prepare(raw).stripped == raw
     assert make_tag("") is None
-    assert [bool(tag_fault(text)) for text in ("", "[seal]", "#x!", "ab", "two words", "=?x?=", "x" * 41, "\u00fcber")] == [
-        False, False, False, True, True, True, True, True]
+    assert [tag_fault(text) for text in ("", "[seal]", "#x!")] == ["", "", ""]
+    assert all(tag_fault(text) for text in ("ab", "two words", "=?x?=", "x" * 41, "\u00fcber", "[...]"))

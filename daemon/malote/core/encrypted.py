@@ -18,9 +18,9 @@ from malote.core.address import parse_mailboxes
 from malote.core.blob import parse_key_blob
 from malote.core.fold import base64_lines
 from malote.core.message import Bytes, Field, parse_fields, split_header, unfold, values
-from malote.core.outer import SUBJECT
 from malote.core.payload import parse_header
 from malote.core.seal import NOTE
+from malote.core.tags import SUBJECT
 from malote.errors import FormatError, Unreadable
 
 Encrypted = Literal["no", "openpgp", "smime", "malote"]

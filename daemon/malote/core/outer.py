@@ -26,9 +26,9 @@ from malote.core.message import (
     values,
 )
 from malote.core.primitives import random_bytes
+from malote.core.tags import SUBJECT
 from malote.errors import FormatError, MailLoop
 
-SUBJECT = "[...]"               # RFC 9788 3.2.1
 MAX_REFERENCES = 50             # known outer ids kept of a long thread: the newest; about 3 KB
 MAX_RECEIVED_BYTES = 4000       # of one Received line; the longest seen in the wild are below 1 KB
 MAX_WORD = 900                  # of a Received line: fits a line of LINE_LIMIT

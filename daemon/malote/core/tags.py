@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from malote.core.words import decode_words
 
 MIN_TAG, MAX_TAG = 3, 40
+SUBJECT = "[...]"           # of sealed mail as others see it (RFC 9788 3.2.1)
 _PRINTABLE = re.compile(r"[!-~]+")
 _WORD_BYTES = 45            # of UTF-8 in one encoded word: 60 of base64, below RFC 2047's 75 in all
 _LINE_END = re.compile(rb"[\r\n]*\Z")
@@ -42,6 +43,8 @@ def tag_fault(text: str) -> str:
     """What is wrong with it; "" for nothing."""
     if text and (not MIN_TAG <= len(text) <= MAX_TAG or _PRINTABLE.fullmatch(text) is None or "=?" in text):
         return f"must be {MIN_TAG} to {MAX_TAG} visible ASCII characters without spaces, as [seal]"
+    if text == SUBJECT:
+        return f"must not be {SUBJECT}, the subject of all sealed mail"
     return ""
 
 
