@@ -316,6 +316,19 @@ async def test_mail_to_oneself_is_proven_by_ones_own_card(box: Box) -> None:
     assert await look(box, store) == ["FRESH"]
 
 
+async def test_mail_that_another_device_opened_is_known_for_replies(box: Box) -> None:
+    """It is answered from whatever device its reader has at hand."""
+    first, second, original = await box.open_store("a"), await box.open_store("b"), note(to=box.user)
+    box.client.put(box.seal(original))
+    assert await look(box, first) == ["FRESH"]
+    await look(box, second)
+    [message_id] = [line.split(b": ")[1].decode() for line in original.splitlines() if line.lower().startswith(b"message-id")]
+    await second.flush()
+    known = (await second.known_messages([message_id]))[message_id]
+    assert known.outer_id
+    assert [known.had_part(each) for each in (box.user, "anna@sender.example", "mallory@evil.example")] == [True, True, False]
+
+
 @pytest.mark.parametrize("card", [True, False])
 async def test_who_had_part_is_remembered_for_replies(box: Box, card: bool) -> None:
     """The sealing side refuses to let others in. By what is signed alone: of mail whose sender is not proven it is only

@@ -17,7 +17,7 @@ import structlog
 from malote.config import AccountConfig
 from malote.core.freshness import Arrival, FreshnessLimits, Verdict
 from malote.incoming.mailbox import Folder, FolderStatus
-from malote.incoming.opening import Kind, Letter, Opener
+from malote.incoming.opening import Kind, Letter, Opener, remember_outer_id
 from malote.incoming.session import Session
 from malote.store import Store
 from malote.store.records import FolderState
@@ -167,6 +167,8 @@ class ForeignFolders:
             self._store.record_foreign(message.claim(self._account.name),
                                        Arrival(now_ms, letter.fetched.internal_date_ms, None), self._limits)
             for letter, message in opened))
+        for (_, message), row in zip(opened, stored, strict=True):
+            remember_outer_id(self._store, message, row.judgement.verdict, now_ms)      # it may be answered from here
         return [letter for (letter, message), row in zip(opened, stored, strict=True)
                 if not row.first and message.unsealed.payload_digest not in self._settled
                 and (twice or row.judgement.verdict is not Verdict.DUPLICATE)]
