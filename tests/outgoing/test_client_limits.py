@@ -223,6 +223,35 @@ async def test_who_has_been_idle_longest_makes_room(monkeypatch: pytest.MonkeyPa
             assert (await client.ask(b"x\r\n.")).startswith("250")
 
 
+async def test_an_idle_connection_of_whoever_has_most_makes_room_at_once() -> None:
+    """Without waiting for it to be idle for long; and never for one that has as many itself."""
+    async with serving(RecordingDesk(), connections=4) as server, contextlib.AsyncExitStack() as stack:
+        async def arrive(address: str) -> Client:
+            return await stack.enter_async_context(client_from(server, address))
+        greedy = [await arrive("127.0.0.2") for _ in range(3)]
+        modest = await arrive("127.0.0.3")
+        for client in (*greedy, modest):
+            assert (await client.reply()).startswith("220")
+        newcomer = await arrive("127.0.0.4")
+        assert (await newcomer.reply()).startswith("220")
+        assert (await greedy[0].reply()).startswith("421 4.3.2 Nothing was sent for a while")
+        await until(lambda: len(server.connections) == 4)
+        assert (await (await arrive("127.0.0.2")).reply()).startswith("421 4.3.2 Too many connections"), "it has most itself"
+        assert (await (await arrive("127.0.0.4")).reply()).startswith("421 4.3.2 Too many connections"), "then both had two"
+        for client in (*greedy[1:], modest, newcomer):
+            assert (await client.ask("NOOP")).startswith("250")
+
+
+@pytest.mark.parametrize("piece", [b"x" * 65536, b"\0\r" * 32768], ids=["text", "binary"])
+async def test_a_line_without_an_end_ends_the_connection(piece: bytes) -> None:
+    async with serving(RecordingDesk()) as server, connected(server) as client:
+        with contextlib.suppress(ConnectionError):
+            for _ in range(40):
+                client.send(piece)
+                await client.writer.drain()
+        await until(lambda: len(server.connections) == 0)
+
+
 async def test_who_has_just_come_is_not_sent_away() -> None:
     async with serving(RecordingDesk(), connections=1) as server, connected(server), client_from(server, HOST) as second:
         assert await second.reply() == "421 4.3.2 Too many connections, try again later"

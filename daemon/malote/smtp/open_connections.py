@@ -69,20 +69,28 @@ class Connections:
             return Reply(421, "4.7.0", f"Too many connections from your address, at most {self.per_client}; close some")
         if not self.rates.client_connections.take(client, loop.time()):
             return Reply(421, "4.7.0", "Too many connections from your address within a minute, try again later")
-        if self._of_all() >= self.limit and not self._make_room(loop.time()):
+        if self._of_all() >= self.limit and not self._make_room(client, loop.time()):
             return FULL
         self._open[connection] = client
         self._clients[client] += 1
         self._tell()
         return None
 
-    def _make_room(self, now: float) -> bool:
-        """End the connection that has been idle longest; one that has logged in only if there is no other."""
-        idle = [(connection.logged_in, since, connection) for connection in self._open
-                if (since := connection.idle_since) is not None and now - since >= IDLE_SECONDS] if self.limit else []
-        if not idle:
+    def _make_room(self, client: str, now: float) -> bool:
+        """End a connection that is idle: one of the client that has most of them, if that is more than the new one's would have;
+        else the one that has been idle longest. One that has logged in goes only if there is no other."""
+        idle = [(connection, since, self._clients[owner] if owner else 0) for connection, owner in self._open.items()
+                if (since := connection.idle_since) is not None] if self.limit else []
+        share = self._clients[client] + 1 if client else 1
+        greedy = [each for each in idle if each[2] > share]
+        if greedy:
+            most = max(each[2] for each in greedy)
+            chosen = [each for each in greedy if each[2] == most]
+        else:
+            chosen = [each for each in idle if now - each[1] >= IDLE_SECONDS]
+        if not chosen:
             return False
-        min(idle, key=lambda each: each[:2])[2].give_way()
+        min(chosen, key=lambda each: (each[0].logged_in, each[1]))[0].give_way()
         return True
 
     def discard(self, connection: OpenConnection) -> None:

@@ -20,12 +20,14 @@ from malote.errors import Reply
 from malote.smtp.timer import Timed
 
 MAX_LINE = 12288 + 2            # RFC 4954 section 4: an AUTH line may have 12288 octets
+MAX_DROPPED = 1024 * 1024       # of one line that is too long: whoever sends more does not speak SMTP
 HIGH_WATER_BYTES = 64 * 1024    # unread command bytes above which the socket is left alone
 MAX_REPLY_TEXT = 480            # characters in a line of a reply, beside code and enhanced code
 LINGER_SECONDS = 30             # for the last reply to leave after we have closed
 MIN_DATA_RATE = 512             # bytes per second averaged over the whole data phase: a 1980s modem; below it is a slow-loris
 
 _UNSAFE = re.compile(r"[\x00-\x09\x0b-\x1f\x7f]")
+NO_LINES = Reply(421, "4.5.2", "This is no SMTP command, closing the connection")
 TIMED_OUT = Reply(421, "4.4.2", "Timeout, closing the connection")
 
 
@@ -135,19 +137,21 @@ class ClientWire(Timed, asyncio.Protocol):
             self._waiter = None
 
     async def read_line(self) -> bytes:
-        """One line without its CRLF. Raises `LineFault`, `ClientGone`."""
-        start = 0
-        too_long = False
+        """One line without its CRLF. Raises `LineFault`, and `ClientGone` also after a line without an end."""
+        start = dropped = 0
         while (end := self._buffer.find(b"\n", start)) < 0:
             start = len(self._buffer)
             if start > MAX_LINE:
-                too_long = True
+                dropped += start
+                if dropped > MAX_DROPPED:
+                    self.hang_up(NO_LINES)
+                    raise ClientGone
                 self._buffer.clear()
                 start = 0
             await self.wait_for_bytes()
         line = bytes(self._buffer[:end + 1])
         del self._buffer[:end + 1]
-        if too_long or len(line) > MAX_LINE:
+        if dropped or len(line) > MAX_LINE:
             raise LineFault(Reply(500, "5.5.6", "Line too long"))
         if not line.endswith(b"\r\n"):
             # a bare LF between commands is how the second half of a smuggled message looks
