@@ -1,4 +1,4 @@
-"""Clients that mean harm, or are broken, do not keep others from being served: over real sockets, the gateway in its own process."""
+"""Clients that mean harm, or are broken, do not keep others from being served: real sockets, and the gateway in its own process."""
 
 from __future__ import annotations
 
@@ -120,8 +120,8 @@ async def abusers(port: int, count: int, abuses: tuple[Callable[[Streams], Await
 
 async def serve_honest(port: int, wanted: int = HONEST_MESSAGES) -> list[str]:
     """The replies that an honest client gets, each message on a connection of its own."""
-    return [(await asyncio.to_thread(submit, port, ALICE.address, [BOB.address], text(message_id=f"<{number}@test.example>"))).data
-            for number in range(wanted)]
+    messages = [text(message_id=f"<{number}@test.example>") for number in range(wanted)]
+    return [(await asyncio.to_thread(submit, port, ALICE.address, [BOB.address], message)).data for message in messages]
 
 
 async def test_150_abusers_and_one_honest_client(tmp_path: Path) -> None:
