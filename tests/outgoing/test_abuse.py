@@ -1,4 +1,4 @@
-"""Clients that mean harm, or are broken, do not keep others from being served: real sockets, and the gateway in its own process."""
+"""Clients that mean harm, or are broken, do not keep others from being served: real sockets, the gateway in its own process."""
 
 from __future__ import annotations
 

@@ -6,14 +6,13 @@ import asyncio
 import base64
 import smtplib
 import ssl
-import subprocess
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from lab.authority import Authority
 from lab.servers import Lab
 from malote.config import ListenerConfig
 from malote.outgoing.users import hash_password
@@ -42,39 +41,6 @@ def users_file(directory: Path, lines: str) -> Path:
 
 
 # ---- client certificates
-
-@dataclass(frozen=True)
-class Authority:
-    """A certificate authority of openssl's in a directory."""
-
-    directory: Path
-
-    @property
-    def certificate(self) -> Path:
-        return self.directory / "ca.pem"
-
-    def make(self) -> Authority:
-        self.directory.mkdir()
-        self._openssl("req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "2",
-                      "-subj", "/CN=Test authority", "-keyout", "ca.key", "-out", "ca.pem")
-        return self
-
-    def client(self, name: str, subject: str, alternative: str = "", usage: str = "clientAuth") -> ssl.SSLContext:
-        """A context for smtplib that shows this certificate."""
-        extensions = f"extendedKeyUsage={usage}\n" + (f"subjectAltName={alternative}\n" if alternative else "")
-        (self.directory / f"{name}.ext").write_text(extensions)
-        self._openssl("req", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-subj", subject,
-                      "-keyout", f"{name}.key", "-out", f"{name}.csr")
-        self._openssl("x509", "-req", "-in", f"{name}.csr", "-CA", "ca.pem", "-CAkey", "ca.key", "-days", "2",
-                      "-extfile", f"{name}.ext", "-out", f"{name}.pem")
-        context = ssl.create_default_context()
-        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-        context.load_cert_chain(self.directory / f"{name}.pem", self.directory / f"{name}.key")
-        return context
-
-    def _openssl(self, *arguments: str) -> None:
-        subprocess.run(["openssl", *arguments], cwd=self.directory, check=True, capture_output=True, timeout=30)
-
 
 @pytest.fixture(scope="module")
 def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:

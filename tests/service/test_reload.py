@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from lab.authority import Authority
 from lab.daemon import Home, account, free_port, listener, rule, upstream
 from lab.incoming import Client
 from lab.servers import HOST, PASSWORD, Dovecot, Lab, Postfix, make_certificate
@@ -142,6 +143,38 @@ def test_a_renewed_certificate_and_tls_from_the_first_byte(home: Home, lab: Lab,
         assert before
         assert after
         assert before != after
+        assert daemon.stop() == 0
+
+
+def test_a_client_certificate_that_is_listed_no_more(home: Home, lab: Lab, postfix: Postfix, tmp_path: Path) -> None:
+    """Taking the line out of the users file, or the authority away, is how one is withdrawn; both count after SIGHUP."""
+    port, ours, others = free_port(), Authority(tmp_path / "ours").make(), Authority(tmp_path / "others").make()
+    shown = ours.client("anna", "/CN=anna")
+
+    def listening(authority: Authority, users: str) -> str:
+        home.secret("users", users)
+        certificate, key = lab.certificate, lab.key
+        return listener(port, f'tls = "tls"\ncertificate = "{certificate}"\ncertificate_key = "{key}"\nauth = "certificate"\n'
+                              f'client_ca = "{authority.certificate}"\nusers_file = "{home.root}/users"') + up
+
+    def code() -> int:
+        with closing(smtplib.SMTP_SSL(HOST, port, context=shown)) as client:
+            client.ehlo()
+            return client.mail(ANNA)[0]
+    up = upstream(postfix.port, None)
+    home.configure(listening(ours, f"anna::{ANNA}\n"))
+    with home.daemon() as daemon:
+        assert code() == 250
+        home.configure(listening(ours, ""))
+        daemon.reload()
+        assert code() == 550
+        home.configure(listening(ours, f"anna::{ANNA}\n"))
+        daemon.reload()
+        assert code() == 250
+        home.configure(listening(others, f"anna::{ANNA}\n"))
+        daemon.reload()
+        with pytest.raises((OSError, smtplib.SMTPException)):
+            code()
         assert daemon.stop() == 0
 
 
