@@ -417,6 +417,20 @@ def _listener_faults(listener: ListenerConfig, upstream: UpstreamConfig) -> Iter
     local = listener.socket is not None or is_loopback(listener.host)
     if listener.tls != "none" and not (listener.certificate and listener.certificate_key):
         yield f'certificate: tls = "{listener.tls}" needs certificate and certificate_key'
+    yield from _login_faults(listener, upstream)
+    if listener.auth == "none" and (not listener.networks or _holds_all(listener.networks)):
+        if not local:
+            yield 'auth: "none" on an address that others reach is an open relay; use "pass-through" or "local", or set networks'
+        elif listener.proxies:
+            yield 'auth: "none" behind proxies is an open relay for all whom they let in; set networks to those who may send'
+    for key, peers in (("proxies", listener.proxies), ("xclient", listener.xclient)):
+        if _holds_all(peers):
+            yield f"{key}: would believe everybody who says to speak for others; list only the addresses of your own machines"
+    if not local and listener.tls == "none":
+        yield 'tls: "none" would show logins and mail to the network; use "starttls" or "tls"'
+
+
+def _login_faults(listener: ListenerConfig, upstream: UpstreamConfig) -> Iterator[str]:
     if listener.auth in ("local", "certificate") and not listener.users_file:
         yield f'users_file: must be set with auth = "{listener.auth}"'
     if listener.auth == "certificate" and not listener.client_ca:
@@ -429,14 +443,10 @@ def _listener_faults(listener: ListenerConfig, upstream: UpstreamConfig) -> Iter
         yield 'senders: "own" needs a login, and auth = "none" asks for none'
     if listener.auth == "peer" and not listener.socket:
         yield 'auth: "peer" is the user at the other end of a UNIX socket; set socket'
-    if listener.auth == "pass-through" and upstream.username:
+    if upstream.username and listener.auth == "pass-through":
         yield 'auth: "pass-through" has no use for the configured upstream.username; use "upstream", "local" or "peer"'
-    if listener.auth == "none" and upstream.username:
+    if upstream.username and listener.auth == "none":
         yield 'auth: "none" would let anybody who reaches the port send with upstream.username; use "local" or "peer"'
-    if not local and listener.auth == "none" and (not listener.networks or _holds_all(listener.networks)):
-        yield 'auth: "none" on an address that others reach is an open relay; use "pass-through" or "local", or set networks'
-    if not local and listener.tls == "none":
-        yield 'tls: "none" would show logins and mail to the network; use "starttls" or "tls"'
 
 
 def _incoming_faults(config: Config) -> Iterator[str]:

@@ -72,6 +72,10 @@ async def test_who_is_in_no_network_is_told_so_at_once() -> None:
 @pytest.mark.parametrize(("listener", "fault"), [
     ({"host": "0.0.0.0", "auth": "none", "networks": ["0.0.0.0/0"]}, "open relay"),
     ({"host": "0.0.0.0", "auth": "none", "networks": ["10.0.0.0/8", "::/0"]}, "open relay"),
+    ({"auth": "none", "proxies": ["127.0.0.1"]}, "open relay"),
+    ({"auth": "none", "proxies": ["127.0.0.1"], "networks": ["0.0.0.0/1", "128.0.0.0/1"]}, "open relay"),
+    ({"proxies": ["8.0.0.0/6"]}, "proxies: would believe everybody"),
+    ({"xclient": ["::/0"]}, "xclient: would believe everybody"),
     ({"auth": "certificate", "users_file": "/u"}, "client_ca: must be set"),
     ({"auth": "certificate", "client_ca": "/c"}, "users_file: must be set"),
     ({"auth": "local", "users_file": "/u", "client_ca": "/c"}, "client_ca: needs tls"),

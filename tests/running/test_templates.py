@@ -229,7 +229,8 @@ async def test_haproxy(home: Home, keys: Path, world: Upstream) -> None:
     """As in the guide, the listener expects the PROXY header of haproxy; a node that is down is passed by."""
     relay, front, other = Relay(home, keys, world.port), free_port(), free_port()
     home.config.write_text(home.config.read_text().replace(
-        f'port = {relay.port}\nauth = "none"', f'port = {relay.port}\nauth = "none"\nproxies = ["127.0.0.1"]'))
+        f'port = {relay.port}\nauth = "none"',
+        f'port = {relay.port}\nauth = "none"\nproxies = ["127.0.0.1"]\nnetworks = ["127.0.0.0/8"]'))
     config = home.root / "haproxy.cfg"
     config.write_text(template("haproxy/haproxy.cfg", front=f"bind 127.0.0.1:2500 => bind 127.0.0.1:{front}",
                                one=f"127.0.0.1:2525 => 127.0.0.1:{relay.port}", two=f"127.0.0.1:2526 => 127.0.0.1:{other}"))

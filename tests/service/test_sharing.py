@@ -92,8 +92,8 @@ async def test_nodes_killed_at_random_under_load(tmp_path: Path, postgres_url: s
         homes = [Home(tmp_path / f"node{number}") for number in range(3)]
         ports = [free_port() for _ in homes]
         for home, port in zip(homes, ports, strict=True):
-            home.configure(listens(port, OPEN + '\nproxies = ["127.0.0.1"]') + upstream(server.port, None) + rule("require"),
-                           store=f'url = "{postgres_url}"')
+            behind = OPEN + '\nproxies = ["127.0.0.1"]\nnetworks = ["127.0.0.0/8"]'
+            home.configure(listens(port, behind) + upstream(server.port, None) + rule("require"), store=f'url = "{postgres_url}"')
         await asyncio.to_thread(give_keys, homes[0])
         nodes = [await stack.enter_async_context(running(home)) for home in homes]
         with Haproxy(tmp_path, ports) as balancer:

@@ -2,8 +2,8 @@
 
 One user a line, `login:argon2id hash:address,address`. The hash is a PHC string (`$argon2id$v=19$m=65536,t=3,p=4$salt$hash`, as
 the `argon2` command and most libraries write it); empty, it says that the login has no password here: it is one of the upstream
-server (pass-through) or of this machine (a user name or uid at a UNIX socket). An address `@example.org` stands for all of
-that domain. Lines that are empty or begin with `#` are skipped.
+server (pass-through), of this machine (a user name or uid at a UNIX socket), or a name in a client's certificate. An address
+`@example.org` stands for all of that domain. Lines that are empty or begin with `#` are skipped.
 """
 
 from __future__ import annotations
