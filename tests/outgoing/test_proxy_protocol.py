@@ -206,13 +206,13 @@ async def test_connections_that_are_on_their_way_in_are_bounded(lab: Lab) -> Non
     config = ListenerConfig(host=HOST, tls="tls", certificate=lab.certificate, certificate_key=lab.key)
     async with serving(RecordingDesk(), server_settings(config, LimitsConfig(), "mx"), connections=5) as server:
         silent = [await asyncio.open_connection(HOST, server.port) for _ in range(5)]
-        await until(lambda: len(server.listener._server._entering) == 5)    # type: ignore[union-attr]
+        await until(lambda: server.listener._server.entering == 5)    # type: ignore[union-attr]
         reader, writer = await asyncio.open_connection(HOST, server.port)
         assert await reader.read() == b"", "one too many: closed"
         writer.close()
         for _, held in silent[:2]:
             held.transport.abort()
-        await until(lambda: len(server.listener._server._entering) == 3)    # type: ignore[union-attr]
+        await until(lambda: server.listener._server.entering == 3)    # type: ignore[union-attr]
         reader, writer = await asyncio.open_connection(HOST, server.port, ssl=lab.client_tls(), server_hostname="localhost")
         assert (await reader.readline()).startswith(b"220")
         writer.close()

@@ -162,6 +162,25 @@ async def test_openssl_as_a_client_with_its_certificate(tmp_path: Path, lab: Lab
     assert len(upstream.messages) == 1
 
 
+async def test_the_certificate_of_a_peer_is_not_that_of_the_client_it_speaks_for(
+        tmp_path: Path, lab: Lab, authority: Authority) -> None:
+    users = users_file(tmp_path, "mx.pki.example::@test.example\n")
+    listener = certified(lab, authority, users).model_copy(update={"xclient": (HOST,)})
+    shown = authority.client("peer", "/CN=x", "DNS:mx.pki.example")
+    async with Upstream() as upstream, gateway(tmp_path, upstream, listener) as gw:
+        def attempt(when: str) -> int:
+            with smtplib.SMTP(HOST, gw.port, "client") as client:
+                for step in ("xclient", "starttls") if when == "before" else ("starttls", "xclient"):
+                    client.ehlo()
+                    if step == "xclient":
+                        assert client.docmd("XCLIENT", "ADDR=127.0.0.1")[0] == 220
+                    else:
+                        client.starttls(context=shown)
+                client.ehlo()
+                return client.mail(ALICE.address)[0]
+        assert [await asyncio.to_thread(attempt, when) for when in ("before", "after")] == [530, 530]
+
+
 def test_a_subject_cannot_look_like_another() -> None:
     """Whoever may choose a part of the name cannot write the separators of the others into it."""
     certificate = {"subject": ((("organizationName", "x,CN=anna"),), (("commonName", "mallory"),))}

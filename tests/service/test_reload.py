@@ -143,6 +143,11 @@ def test_a_renewed_certificate_and_tls_from_the_first_byte(home: Home, lab: Lab,
         assert before
         assert after
         assert before != after
+        for more in ("", tls, ""):      # and back: who accepts changes, at the same address
+            home.configure(listener(port, more or 'auth = "pass-through"') + up)
+            daemon.reload()
+            assert bool(more) or listens(port)
+            assert not more or peer_certificate(port) == after
         assert daemon.stop() == 0
 
 

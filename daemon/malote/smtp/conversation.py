@@ -88,6 +88,7 @@ class Conversation(ClientWire):
         self._ending = False            # the conversation is over; the desk is tidying up
         self._may_speak_for_others = False      # told by the peer, whoever it speaks for
         self._peer_is_here = False
+        self._named = False                     # it has said for whom
         self._entered_tls = False       # at the proxy in front of us, which is on this machine
 
     # life of a connection
@@ -341,7 +342,8 @@ class Conversation(ClientWire):
         self.client.tls = True
         ssl_object = transport.get_extra_info("ssl_object")
         self.client.tls_version = ssl_object.version() or ""
-        self.client.certificate = certificate_names(ssl_object.getpeercert())
+        if not self._named:     # else it is the peer's own
+            self.client.certificate = certificate_names(ssl_object.getpeercert())
 
     @property
     def _greeting(self) -> Reply:

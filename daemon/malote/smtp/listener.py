@@ -31,7 +31,7 @@ class Listener:
     connections: Connections
     budget: MemoryBudget
     lmtp: bool = False
-    _server: asyncio.Server | Acceptor | Gate | None = None
+    _server: asyncio.Server | Acceptor | None = None
     _path: Path | None = None
 
     async def open(self, config: ListenerConfig, sockets: Sequence[socket.socket] = ()) -> None:
@@ -50,7 +50,7 @@ class Listener:
                 tls_context=lambda: self.settings.tls_context if self.settings.implicit_tls else None)
             return
         if sockets:
-            self._server = Acceptor(sockets, factory, ssl_context=None, handshake_seconds=None)
+            self._server = Acceptor(sockets, factory)
             return
         try:
             if config.socket is not None:

@@ -35,7 +35,7 @@ class PeerCommands(Conversation):
         # an address of the peer's machine is one of this machine only if the peer is here
         new.loopback = self._peer_is_here and is_loopback(address)
         await self._ask(self._desk.close(old))
-        self.client, self._offer = new, Offer()
+        self.client, self._offer, self._named = new, Offer(), True
         self._connections.discard(self)
         refusal = self._admit()
         if refusal is not None:

@@ -7,7 +7,6 @@ import errno
 import os
 import shutil
 import socket
-import ssl
 import stat
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -169,24 +168,19 @@ class Acceptor:
     """Accepts from sockets that other processes accept from too: one connection for each time that a socket is ready, so that
     who is busy leaves the next one to the others. (`loop.create_server` takes all that wait at once.)"""
 
-    def __init__(self, sockets: Sequence[socket.socket], factory: Callable[[], asyncio.BaseProtocol], *,
-                 ssl_context: ssl.SSLContext | None, handshake_seconds: float | None) -> None:
+    def __init__(self, sockets: Sequence[socket.socket], factory: Callable[[], asyncio.BaseProtocol]) -> None:
         self.sockets = tuple(sockets)
         self._factory = factory
-        self._ssl = ssl_context
-        self._handshake_seconds = handshake_seconds
         self._loop = asyncio.get_running_loop()
         self._tasks: set[asyncio.Task[None]] = set()
         for sock in self.sockets:
             self._loop.add_reader(sock, self._ready, sock)
 
     def close(self) -> None:
-        """Stop accepting, and close the sockets. Handshakes under way are broken off."""
+        """Stop accepting, and close the sockets. Who is on the way in is told 421 then, if the service stops."""
         for sock in self.sockets:
             self._loop.remove_reader(sock)
             sock.close()
-        for task in self._tasks:
-            task.cancel()
 
     def _ready(self, sock: socket.socket) -> None:
         try:
@@ -211,7 +205,6 @@ class Acceptor:
 
     async def _take(self, connection: socket.socket) -> None:
         try:
-            await self._loop.connect_accepted_socket(self._factory, connection, ssl=self._ssl,
-                                                     ssl_handshake_timeout=self._handshake_seconds)
-        except (OSError, TimeoutError, asyncio.CancelledError):     # ssl.SSLError is an OSError: the client's handshake failed
+            await self._loop.connect_accepted_socket(self._factory, connection)
+        except OSError:
             connection.close()
