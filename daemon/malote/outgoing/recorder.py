@@ -1,8 +1,8 @@
-"""What the audit log says of each copy that leaves, and of what is refused. Never content, subjects or Message-IDs.
+"""What the audit log says of each copy that leaves, of notifications, and of what is refused. Never content.
 
-One line for each copy: `step` "done" with what became of it; under `audit.required` also one before, `step` "leaving", which is
-on the disk before the first byte of the message goes to the upstream server. A "leaving" without "done" is a crash in between:
-the copy may have left.
+Never subjects or Message-IDs either. One line for each copy and for each notification to a sender: `step` "done" with what became
+of it; under `audit.required` also one before, `step` "leaving", which is on the disk before the first byte of the message goes to
+the upstream server. A "leaving" without "done" is a crash in between: the copy may have left.
 """
 
 from __future__ import annotations
@@ -37,15 +37,8 @@ class Recorder:
         recipients, and nothing may be sent. `deadline` is loop time."""
         if not self._audit.config.required:
             return None
-        reply: Reply
-        try:
-            async with asyncio.timeout_at(deadline):
-                await self._audit.write([self._copy(letter, group, "leaving", None) for group in groups])
-        except AuditUnavailable as error:
-            reply = error.reply
-        except TimeoutError:
-            reply = AuditUnavailable.default_reply
-        else:
+        reply = await self._written([self._copy(letter, group, "leaving", None) for group in groups], deadline)
+        if reply is None:
             return None
         return {address: Outcome(State.DEFERRED, reply) for group in groups for address in group.addresses}
 
@@ -56,6 +49,16 @@ class Recorder:
             if each.action is Action.REFUSE and each.address in outcomes:       # left out, while others get it
                 self._refused(letter.submission_id.hex(), letter.sender_address, [each.address], _rules([each]),
                               outcomes[each.address].reply, "left out")
+
+    async def notifying(self, letter: Letter, sender: str, about: Sequence[str], deadline: float) -> bool:
+        """Before a notification to `sender` that the recipients `about` were refused. False: under `audit.required` its line is
+        not on the disk, and it may not be sent. `deadline` is loop time."""
+        line = self._notification(letter, sender, about, "leaving", None)
+        return not self._audit.config.required or await self._written([line], deadline) is None
+
+    def notified(self, letter: Letter, sender: str, about: Sequence[str], *, accepted: bool) -> None:
+        state = State.ACCEPTED if accepted else State.DEFERRED
+        self._audit.note(self._notification(letter, sender, about, "done", state))
 
     def refused(self, submission: str, sender: str, recipients: Iterable[Recipient], reply: Reply, reason: str) -> None:
         """A whole message that we refused, with all its recipients."""
@@ -78,6 +81,29 @@ class Recorder:
                 **(_named(sender, recipients) if addresses else {}),
             }
         self._audit.note(line)
+
+    async def _written(self, lines: Sequence[Line], deadline: float) -> Reply | None:
+        """None: they are on the disk."""
+        try:
+            async with asyncio.timeout_at(deadline):
+                await self._audit.write(lines)
+        except AuditUnavailable as error:
+            return error.reply
+        except TimeoutError:
+            return AuditUnavailable.default_reply
+        return None
+
+    def _notification(self, letter: Letter, sender: str, about: Sequence[str], step: str, state: State | None) -> Line:
+        at_ms, submission, addresses = self._clock_ms(), letter.submission_id, self._addresses
+        known = [letter.recipients[address] for address in about]
+
+        def line() -> dict[str, Any]:
+            return {
+                "at": _time(at_ms), "id": submission.hex(), "step": step, "what": "notification", "recipients": 1,
+                "about": len(known), "rules": _rules(known), **({"states": {state.value: 1}} if state is not None else {}),
+                **(_named("", [sender]) if addresses else {}),
+            }
+        return line
 
     def _copy(self, letter: Letter, group: Group, step: str, outcomes: Mapping[str, Outcome] | None) -> Line:
         """Must not hold on to the letter: its text stays in memory as long as the line is not written."""
