@@ -310,7 +310,7 @@ class TestTransaction:
             await upstream.close()
 
     @pytest.mark.parametrize(("address", "params", "code"), [
-        ("a@a.example", {"SMTPUTF8": True}, "5.6.7"), ("größe@a.example", {}, "5.6.7"), ("a@a.example", {"RET": "HDRS"}, "5.5.4"),
+        ("a@a.example", {"SMTPUTF8": True}, "5.6.7"), ("größe@a.example", {}, "5.6.7"), ("a@a.example", {"RET": "HDRS"}, "4.3.5"),
         ("a@a.example", {"REQUIRETLS": True}, "5.7.30"), ("a@a.example", {"BODY": "8BITMIME"}, "5.6.3"),
         ("a@a.example", {"SIZE": "1001"}, "5.3.4"),
     ])
@@ -319,7 +319,7 @@ class TestTransaction:
             upstream = Upstream(server.config())
             connection, reply = await upstream.begin(address, params)
             assert reply.enhanced == code
-            assert reply.code in (550, 552, 553, 554, 555)
+            assert reply.code in (451, 550, 552, 553, 554)
             assert len(server.seen) == 1
             await upstream.release(connection)
             await upstream.close()

@@ -33,7 +33,8 @@ _COMMAND = re.compile(
 IN_DOUBT = Reply(451, "4.4.2", "Connection lost before the answer, try again later")
 
 _NO_SMTPUTF8 = Reply(553, "5.6.7", "The next mail server does not take addresses with letters beyond ASCII")
-_NO_DSN = Reply(555, "5.5.4", "The next mail server does not offer delivery status notifications")
+# a client uses what we have offered it, as the server did then: this one must not bounce its mail because another runs there now
+_NO_DSN = Reply(451, "4.3.5", "The next mail server does not offer delivery status notifications any more, try again")
 _NO_REQUIRETLS = Reply(550, "5.7.30", "The next mail server does not support REQUIRETLS")
 _NO_8BIT = Reply(554, "5.6.3", "The next mail server takes no 8-bit text; nothing was sent")
 _TOO_BIG = Reply(552, "5.3.4", "Message is larger than the next mail server takes; nothing was sent")
