@@ -47,6 +47,7 @@ MAX_WAITING = 100_000       # lines kept while the file cannot be written; then 
 RETRY_SECONDS = 1.0         # until the next attempt after one that failed
 MAX_BATCH = 2_000           # lines in one write
 TELL_SECONDS = 3600.0       # how often the head goes to the log of the service
+WRITABLE = "it must be a file, no link, in a directory that the user of malote may write"
 END_SECONDS = 5.0           # for the last attempt, when the service ends while the disk is full
 _NUMBER_DIGITS = 12         # in the name of a rotated file: they sort by name up to there
 
@@ -81,11 +82,11 @@ class AuditLog:
         self._wake = threading.Condition()
         self._closing = False
         self._told_at = time.monotonic()
+        self._head_told = ""
         try:
             self._file.append([])
         except OSError as error:
-            raise ConfigError(f"audit.file: {config.file} cannot be written ({error.strerror})",
-                              hint="its directory must belong to the user that malote runs as") from error
+            raise ConfigError(f"audit.file: {config.file} cannot be written ({error.strerror})", hint=WRITABLE) from error
         self._thread = threading.Thread(target=self._main, name="malote-audit", daemon=True)
         self._thread.start()
 
@@ -127,6 +128,7 @@ class AuditLog:
 
     def _main(self) -> None:
         closing_since = 0.0
+        self._tell_head()       # also of what an earlier start has written, if that was killed
         while True:
             jobs, closing = self._take()
             if not jobs and closing:
@@ -169,6 +171,10 @@ class AuditLog:
         if self.failing:
             self.failing = False
             log.warning("the audit log can be written again")
+        if self._file.head_fault != self._head_told:
+            self._head_told = self._file.head_fault
+            if self._head_told:
+                log.error("the head of the audit log cannot be written", reason=self._head_told)
         if rotated is not None:
             log.info("audit log rotated", n=rotated.n, hash=rotated.hash)
         elif time.monotonic() - self._told_at > TELL_SECONDS:
@@ -226,6 +232,7 @@ class _File:
         self._file: BinaryIO | None = None
         self._head_file: BinaryIO | None = None
         self.head = START
+        self.head_fault = ""        # why it could not be written
         self._size = -1             # of the file when `head` was its last line; -1: look
 
     def append(self, lines: Sequence[Members]) -> Head | None:
@@ -240,7 +247,8 @@ class _File:
                 data += line + b"\n"
             if data:
                 self._put(file, size, data)
-                self.head, self._size = head, size + len(data)
+            self.head, self._size = head, size + len(data)
+            if data:
                 self._write_head(head)
             return self._rotate(file, head)
         finally:
@@ -262,7 +270,10 @@ class _File:
                 self._size = -1
             fcntl.flock(self._file, fcntl.LOCK_EX)
             with suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(self._file.fileno()), self._path.stat()):
+                ours = os.fstat(self._file.fileno())
+                if os.path.samestat(ours, self._path.stat()):
+                    if self._size < 0 and not ours.st_size:
+                        sync_directory(self._path.parent)       # it may be new: its name must outlive a power cut, too
                     return self._file
             self._file.close()      # renamed, by us in another process or by somebody else
             self._file = None
@@ -285,8 +296,8 @@ class _File:
         if size == self._size:
             return self.head, b""
         last, fragment = _tail(file, size)
-        kept = self._read_head()
-        head = max((_head_of(last), kept, self._newest_rotated() if last is None else START), key=lambda each: each.n)
+        known = (_head_of(last), self._read_head(), self._newest_rotated() if last is None else START, self.head)
+        head = max(known, key=lambda each: each.n)      # ours, too: both files may have been shortened under us
         if not fragment:
             return head, b""
         with suppress(FormatError):     # whole but for its line end
@@ -318,6 +329,8 @@ class _File:
         if self._head_file is None:
             handle = os.open(self._head_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
             self._head_file = os.fdopen(handle, "rb+", buffering=0)
+            if not os.fstat(handle).st_size:
+                os.pwrite(handle, serialize_head(START), 0)
         return self._head_file
 
     def _read_head(self) -> Head:
@@ -327,7 +340,12 @@ class _File:
             return START
 
     def _write_head(self, head: Head) -> None:
-        os.pwrite(self._head_handle().fileno(), serialize_head(head), 0)
+        """Raises nothing: the lines are on the disk. A head that is behind them is no fault, only worth less."""
+        try:
+            os.pwrite(self._head_handle().fileno(), serialize_head(head), 0)
+            self.head_fault = ""
+        except OSError as error:
+            self.head_fault = error.strerror
 
 
 def _open(path: Path) -> BinaryIO:

@@ -6,6 +6,7 @@ import asyncio
 import errno
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -126,9 +127,13 @@ def contents(path: Path) -> list[dict[str, Any]]:
     return [parse_line(line) for line in path.read_bytes().splitlines()]
 
 
-def verified(path: Path, *options: str) -> tuple[int, list[dict[str, Any]]]:
-    done = CliRunner().invoke(verify, [str(each) for each in [*rotated_files(path), path]] + ["--json", *options],
-                              obj=Settings(path, named=True), standalone_mode=False)
+def verified(path: Path, *options: str, files: bool = True) -> tuple[int, list[dict[str, Any]]]:
+    """`files`: named on the command line, in place of those of the configuration."""
+    configuration = path.with_name("malote.toml")
+    configuration.write_text(f'[audit]\nfile = "{path}"\n')
+    named = [str(each) for each in [*rotated_files(path), path]] if files else []
+    done = CliRunner().invoke(verify, [*named, "--json", *options], obj=Settings(configuration, named=True),
+                              standalone_mode=False)
     assert done.exception is None, done.output
     return int(done.return_value), [json.loads(text) for text in done.output.splitlines()]
 
@@ -219,6 +224,69 @@ async def test_a_file_that_was_shortened_shows_the_gap_for_ever(tmp_path: Path) 
     code, found = verified(path)
     assert (code, found[0]["fault"]) == (ExitCode.CHECK, "removed")
     assert "lines 4 to 5 are missing" in found[0]["text"]
+
+
+async def test_shortened_together_with_its_head_while_the_daemon_writes(tmp_path: Path) -> None:
+    """The daemon knows the head itself, and goes on from there."""
+    path = tmp_path / "a"
+    log = AuditLog(config(path))
+    await log.write([line_of(i=number) for number in range(5)])
+    path.write_bytes(b"\n".join(path.read_bytes().split(b"\n")[:3]) + b"\n")
+    head_path(path).unlink()
+    await log.write([line_of(i=5)])
+    await log.close()
+    code, found = verified(path)
+    assert (code, found[0]["fault"]) == (ExitCode.CHECK, "removed")
+    assert "lines 4 to 5 are missing" in found[0]["text"]
+
+
+@pytest.mark.parametrize("harm", ["gone", "empty", "damaged"])
+async def test_without_its_head_the_log_is_not_called_whole(tmp_path: Path, harm: str) -> None:
+    """Else removing it would be all it takes to hide that the end is missing. Files put elsewhere have none."""
+    path = tmp_path / "a"
+    log = AuditLog(config(path))
+    await log.write([line_of(i=number) for number in range(5)])
+    await log.close()
+    assert verified(path, files=False)[0] == ExitCode.OK
+    path.write_bytes(b"\n".join(path.read_bytes().split(b"\n")[:3]) + b"\n")
+    if harm == "gone":
+        head_path(path).unlink()
+        assert verified(path)[1][-1]["end_known"] is False
+    else:
+        head_path(path).write_bytes(b"" if harm == "empty" else b"0" * 86)
+    code, found = verified(path, files=False)
+    assert (code, found[0]["fault"], found[-1]["end_known"]) == (ExitCode.CHECK, "head", False)
+    log = AuditLog(config(path))        # starts all the same: mail does not wait for a person
+    await log.write([line_of(i=6)])
+    await log.close()
+
+
+async def test_a_log_without_lines_is_whole(tmp_path: Path) -> None:
+    """`malote audit verify` on the first day."""
+    path = tmp_path / "a"
+    log = AuditLog(config(path))
+    code, [summary] = verified(path, files=False)
+    assert (code, summary["lines"], summary["end_known"]) == (ExitCode.OK, 0, True)
+    await log.close()
+
+
+async def test_a_head_that_cannot_be_written_costs_and_doubles_no_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a"
+    log = AuditLog(config(path))
+    real = os.pwrite
+
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(audit_module.os, "pwrite", full)
+    for number in range(3):
+        await log.write([line_of(i=number)])
+    assert not log.failing
+    assert verified(path)[0] == ExitCode.OK
+    monkeypatch.setattr(audit_module.os, "pwrite", real)
+    await log.write([line_of(i=3)])
+    await log.close()
+    assert [each["i"] for each in contents(path)] == [0, 1, 2, 3]
+    assert parse_head(head_path(path).read_bytes()).n == 4
 
 
 async def test_rotation_carries_the_chain_over(tmp_path: Path) -> None:
@@ -402,22 +470,28 @@ async def main():
     number = 0
     while True:
         await log.write([lambda number=number: {"i": number, "text": "x" * 500}])
-        print(number, flush=True)
+        print(number, file=sys.stderr, flush=True)
         number += 1
 asyncio.run(main())
 """
 
 
 def test_kill_9_loses_no_line_that_was_waited_for(tmp_path: Path) -> None:
+    """And each start tells the log of the service where the chain is: the end before it told nothing."""
     path = tmp_path / "a"
+    anchors: list[str] = []
     for _ in range(3):
-        with subprocess.Popen([sys.executable, "-c", KILLED, str(path)], cwd=ROOT / "daemon", stdout=subprocess.PIPE) as process:
+        with subprocess.Popen([sys.executable, "-c", KILLED, str(path)], cwd=ROOT / "daemon", stdout=subprocess.PIPE,
+                              stderr=subprocess.PIPE) as process:
             assert process.stdout is not None
-            told = [int(process.stdout.readline()) for _ in range(20)]
+            assert process.stderr is not None
+            told = [int(process.stderr.readline()) for _ in range(20)]
             process.kill()
-            told += [int(line) for line in process.stdout.read().split()]
+            told += [int(line) for line in process.stderr.read().split()]
+            anchors += [f"{n}:{head}" for head, n in re.findall(r"hash=(\w+).*n=(\d+)", process.stdout.read().decode())]
         assert max(told) in [each["i"] for each in contents(path)]
-    code, [summary] = verified(path)
+    assert len(anchors) == 2
+    code, [summary] = verified(path, *(text for anchor in anchors for text in ("--contains", anchor)))
     assert code == ExitCode.OK
     assert summary["lines"] >= 60
 

@@ -6,7 +6,7 @@ import dataclasses
 import fcntl
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
@@ -15,7 +15,7 @@ import click
 
 from malote.audit import head_path, rotated_files
 from malote.cli.settings import Settings
-from malote.core.audit import HEAD_BYTES, MAX_LINE_BYTES, Chain, Fault, Head, parse_hash, parse_head
+from malote.core.audit import HEAD_BYTES, MAX_LINE_BYTES, Chain, Damage, Fault, Head, parse_hash, parse_head
 from malote.errors import ConfigError, ExitCode, FormatError
 
 
@@ -43,7 +43,7 @@ def verify(settings: Settings, files: tuple[Path, ...], head_file: Path | None, 
     anchors = {head.n: head.hash for head in map(_anchor, contains)}
     chain = Chain(after=_anchor(after) if after else Head(), anchors=anchors)
     with ExitStack() as stack:
-        opened = _open(files or _configured(settings), head_file, stack)
+        opened = _open(files or _configured(settings), head_file, stack, whole=not files)
         faults = 0
         for fault in _faults(chain, opened):
             faults += 1
@@ -59,6 +59,7 @@ class _Opened:
 
     files: list[tuple[str, BinaryIO, int]] = field(default_factory=list)
     kept: Head | None = None
+    head_fault: str = ""    # why there is no such head, where there must be one
     cut_off: int = 0        # bytes after the last line end
 
 
@@ -72,8 +73,9 @@ def _configured(settings: Settings) -> Sequence[Path]:
         raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
 
 
-def _open(files: Sequence[Path], head_file: Path | None, stack: ExitStack) -> _Opened:
-    """Under the writer's lock, which is let go of at once: lines that come later are not looked at."""
+def _open(files: Sequence[Path], head_file: Path | None, stack: ExitStack, *, whole: bool) -> _Opened:
+    """Under the writer's lock, which is let go of at once: lines that come later are not looked at. `whole`: these are all of
+    the files where the daemon writes them, so the head must be beside them."""
     opened = _Opened()
     try:
         handles = [(path, stack.enter_context(path.open("rb"))) for path in files]
@@ -81,13 +83,16 @@ def _open(files: Sequence[Path], head_file: Path | None, stack: ExitStack) -> _O
         fcntl.flock(last, fcntl.LOCK_SH)
         opened.files = [(str(path), handle, handle.seek(0, 2)) for path, handle in handles]
         place = head_file or head_path(files[-1])
-        with suppress(FileNotFoundError), place.open("rb") as file:
-            opened.kept = parse_head(file.read(HEAD_BYTES + 1))
+        try:
+            with place.open("rb") as file:
+                opened.kept = parse_head(file.read(HEAD_BYTES + 1))
+        except FileNotFoundError:
+            opened.head_fault = f"{place} is missing" if whole else ""
+        except FormatError:
+            opened.head_fault = f"{place} is no head of an audit log"
         fcntl.flock(last, fcntl.LOCK_UN)
     except OSError as error:
         raise ConfigError(f"{error.filename or files[-1]}: cannot be read ({error.strerror})") from error
-    except FormatError as error:
-        raise ConfigError(f"{place}: {error}", hint="without it, whether lines are missing at the end cannot be told") from error
     return opened
 
 
@@ -100,6 +105,8 @@ def _faults(chain: Chain, opened: _Opened) -> Iterator[Fault]:
             else:
                 yield from chain.take(line.removesuffix(b"\n"), f"{name}:{number}")
     yield from chain.finish(opened.kept)
+    if opened.head_fault and chain.lines:
+        yield Fault(Damage.HEAD, f"{opened.head_fault}: whether lines are missing at the end cannot be told")
 
 
 def _lines(handle: BinaryIO, size: int) -> Iterator[bytes]:
@@ -124,7 +131,7 @@ def _sum_up(chain: Chain, opened: _Opened, faults: int, *, as_json: bool) -> Non
             "lines": chain.lines, "files": len(opened.files), "faults": faults, "recovered": chain.recovered, "lost": chain.lost,
             "cut_off_bytes": opened.cut_off, "end_known": opened.kept is not None, **dataclasses.asdict(chain.head)}))
         return
-    if opened.kept is None:
+    if opened.kept is None and not (opened.head_fault and chain.lines):
         click.echo("warning  there is no head beside it: whether lines are missing at the end cannot be told")
     if opened.cut_off:
         click.echo(f"note     {opened.cut_off} bytes at the end are part of a line; the next start of malote accounts for them")

@@ -94,6 +94,7 @@ class Damage(StrEnum):
     TRUNCATED = "truncated"     # missing at the end
     UNKNOWN = "unknown"         # no line of an audit log, and nothing accounts for it
     BEGINNING = "beginning"     # what comes before the first line here is not here
+    HEAD = "head"               # what is kept beside the files is gone or damaged
     ANCHOR = "anchor"           # a line that was noted elsewhere is not in the chain
 
 
