@@ -345,7 +345,7 @@ class _File:
             os.pwrite(self._head_handle().fileno(), serialize_head(head), 0)
             self.head_fault = ""
         except OSError as error:
-            self.head_fault = error.strerror
+            self.head_fault = error.strerror or type(error).__name__
 
 
 def _open(path: Path) -> BinaryIO:

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from lab.daemon import Home, account, free_port, listener, rule, upstream
 from lab.servers import HOST, PASSWORD, Dovecot, Lab, Postfix, make_certificate
+from malote.audit import AuditLog, head_path
 from malote.cli import probes
 from malote.cli.findings import State
 from malote.cli.keystore import describe, now_ms
+from malote.cli.oversight_probes import audit_probe
+from malote.config import AuditConfig
 from malote.core.identity import new_identity
 from malote.core.keys import SignatureAlgorithm
 from malote.errors import ExitCode
@@ -182,3 +187,87 @@ async def test_a_clock_that_went_back(tmp_path: Path) -> None:
     await store.flush()
     assert [each.state async for each in probes.clock_probe(store, {"box": now})] == [State.FAULT]
     await store.close()
+
+
+def overseen(home: Home, lab: Lab, postfix: Postfix, metrics: int, more: str = "") -> Path:
+    path = home.root / "audit.jsonl"
+    home.configure(f'[audit]\nfile = "{path}"\n{more}[metrics]\nport = {metrics}\n'
+                   + listener(free_port(), 'auth = "none"') + upstream(postfix.submission_port, lab.certificate))
+    return path
+
+
+def test_metrics_and_audit_log_are_tried(home: Home, lab: Lab, postfix: Postfix) -> None:
+    """Before the first start, while the daemon runs, and after it; nothing is made or written by asking."""
+    port = free_port()
+    path = overseen(home, lab, postfix, port)
+    home.keys("new", ANNA, "--algorithm", "ed25519")
+    _, findings = checked(home)
+    assert faults(findings) == {}
+    assert findings[f"metrics 127.0.0.1:{port}"]["text"] == "is free"
+    assert "can be made" in findings["audit log"]["text"]
+    assert not path.exists()
+    with home.daemon() as daemon:
+        _, findings = checked(home)
+        assert findings[f"metrics 127.0.0.1:{port}"]["text"] == "malote answers there now"
+        assert "no line yet" in findings["audit log"]["text"]
+        assert daemon.stop() == 0
+    asyncio.run(write_audit(path))
+    before = path.read_bytes()
+    _, findings = checked(home)
+    assert faults(findings) == {}
+    assert "last 30 lines are whole" in findings["audit log"]["text"]
+    assert path.read_bytes() == before
+
+
+async def write_audit(path: Path, count: int = 30, **more: int) -> None:
+    log = AuditLog(AuditConfig(file=path, **more))
+    await log.write([lambda number=number: {"i": number} for number in range(count)])
+    await log.close()
+
+
+@pytest.mark.parametrize(("harm", "text"), [
+    (lambda path: path.write_bytes(path.read_bytes().replace(b'"i":7,', b'"i":8,')), "line 8 was changed"),
+    (lambda path: path.write_bytes(path.read_bytes()[:200]), "the end is missing"),
+    (lambda path: path.write_bytes(b""), "the end is missing"),
+    (lambda path: head_path(path).unlink(), "its head is missing"),
+    (lambda path: head_path(path).write_bytes(b"x"), "its head is damaged"),
+    (lambda path: (path.rename(path.with_name("b")), path.symlink_to("b")), "cannot be opened for writing"),
+    (lambda path: (path.unlink(), path.mkdir()), "cannot be opened for writing"),
+])
+async def test_an_audit_log_that_is_not_whole(tmp_path: Path, harm: Callable[[Path], object], text: str) -> None:
+    path = tmp_path / "a"
+    await write_audit(path)
+    assert [each.state async for each in audit_probe(path, required=True)] == [State.OK]
+    harm(path)
+    [finding] = [each async for each in audit_probe(path, required=True)]
+    assert finding.state is State.FAULT
+    assert text in finding.text
+    assert finding.cure
+
+
+async def test_an_audit_log_that_was_just_rotated_and_a_long_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a"
+    await write_audit(path, rotate_bytes=1000)
+    assert path.stat().st_size == 0
+    [finding] = [each async for each in audit_probe(path, required=True)]
+    assert (finding.state, "after line 30" in finding.text) == (State.OK, True)
+    await write_audit(path, 50)
+    monkeypatch.setattr("malote.cli.oversight_probes.END_BYTES", 2000)
+    [finding] = [each async for each in audit_probe(path, required=True)]
+    assert finding.state is State.OK
+    assert 5 < int(finding.text.split("last ")[1].split()[0]) < 50
+
+
+def test_metrics_ports_and_directories_that_are_not_ours(home: Home, lab: Lab, postfix: Postfix) -> None:
+    """Also the second worker's port; and a directory of the audit log that is not there."""
+    with socket.create_server((HOST, 0)) as taken:
+        port = taken.getsockname()[1]
+        overseen(home, lab, postfix, port - 1)
+        home.config.write_text("[service]\nworkers = 2\n"
+                               + home.config.read_text().replace("audit.jsonl", "missing/audit.jsonl"))
+        home.keys("new", ANNA, "--algorithm", "ed25519")
+        code, findings = checked(home)
+    assert code == ExitCode.CHECK
+    found = faults(findings)
+    assert found[f"metrics 127.0.0.1:{port}"] == "another program listens there"
+    assert "no directory" in found["audit log"]

@@ -12,6 +12,7 @@ from pathlib import Path
 import click
 
 from malote.cli.findings import Finding, Findings, State, fault, ok, warning
+from malote.cli.oversight_probes import audit_probe, metrics_probe
 from malote.cli.probes import clock_probe, crypto_probe, keys_probe, listener_probe, store_probe
 from malote.cli.server_probes import account_probe, next_hop_probe, upstream_probe
 from malote.cli.settings import Settings
@@ -33,8 +34,8 @@ def check(settings: Settings, as_json: bool) -> int:
     """Try everything that the daemon needs, and say how to mend what fails.
 
     First the configuration, every fault at once; then post-quantum support, store, keys, secrets, listeners, the server for
-    sending, each watched mailbox, and the clock. Everything is tried, whatever failed before; nothing is sent and no mail is
-    changed. Exit code 0, 2 if the configuration itself is wrong, or 7.
+    sending, each watched mailbox, metrics, audit log, and the clock. Everything is tried, whatever failed before; nothing is
+    sent and no mail is changed. Exit code 0, 2 if the configuration itself is wrong, or 7.
     """
     say = _say_json if as_json else _say
     config, faults = _configuration(settings)
@@ -123,6 +124,10 @@ def _probes(config: Config, store: Store | None, error: MaloteError | None, plac
         yield "delivery", next_hop_probe(opening)
     for account in config.accounts:
         yield f"account {account.name}", account_probe(account, newest)
+    if config.metrics.port:
+        yield "metrics", metrics_probe(config)
+    if config.audit.file is not None:
+        yield "audit log", audit_probe(config.audit.file, required=config.audit.required)
     yield "clock", clock_probe(store, newest)
 
 
