@@ -16,6 +16,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessColl
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from malote import __version__
+from malote.core.freshness import Verdict
 from malote.store.records import OutcomeEntry
 
 CONTENT_TYPE = prometheus_client.CONTENT_TYPE_LATEST
@@ -24,6 +25,15 @@ BUCKETS = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 3
 SOON_MS = 30 * 86_400_000       # as `malote check` warns
 DIRECTIONS = frozenset({"in", "out"})
 MAX_SERIES = 200                # of (direction, outcome, verdict): the words are ours, and few; this is the net below
+# There from the start, at 0: Prometheus sees no increase where a series begins at 1, and the first message of its kind is what an
+# alert waits for
+BEGUN = (
+    *(("out", outcome, "") for outcome in ("sealed", "plain", "split", "partial", "refused", "failed", "stopped", "shadow")),
+    *(("in", "opened", verdict.value) for verdict in Verdict if verdict not in
+      (Verdict.DUPLICATE, Verdict.CONFLICT, Verdict.UNREADABLE)),
+    *(("in", "quarantined", verdict) for verdict in ("DUPLICATE", "CONFLICT", "FORGED")),
+    *(("in", outcome, "") for outcome in ("passed", "refused", "failed", "unreadable")), ("in", "unreadable", "UNREADABLE"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,8 +88,8 @@ class Metrics:
         self._seconds = Histogram(
             "malote_message_seconds", "From the last byte of a message to the reply (out), from reading it to delivery (in).",
             ["direction"], buckets=BUCKETS, registry=self.registry)
-        self._counters: dict[tuple[str, str, str], Counter] = {}
-        self._histograms: dict[str, Histogram] = {}
+        self._counters: dict[tuple[str, str, str], Counter] = {key: self._messages.labels(*key) for key in BEGUN}
+        self._histograms: dict[str, Histogram] = {each: self._seconds.labels(each) for each in sorted(DIRECTIONS)}
         ProcessCollector(registry=self.registry)
         self.registry.register(_Gauges(source))
 
@@ -94,10 +104,7 @@ class Metrics:
             counter = self._counters[key] = self._messages.labels(*key)
         counter.inc()
         if entry.took_ms or entry.message_id:       # a recipient refused at RCPT took none
-            histogram = self._histograms.get(entry.direction)
-            if histogram is None:
-                histogram = self._histograms[entry.direction] = self._seconds.labels(entry.direction)
-            histogram.observe(entry.took_ms / 1000)
+            self._histograms[entry.direction].observe(entry.took_ms / 1000)
 
     def text(self) -> bytes:
         """All of them, as Prometheus reads them."""

@@ -6,6 +6,7 @@ takes it out meanwhile, also while it ends.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 
@@ -17,6 +18,7 @@ from malote.health import Health
 from malote.metrics import CONTENT_TYPE, Metrics
 
 SHUTDOWN_SECONDS = 1.0
+MAX_CONNECTIONS = 32    # Prometheus, a balancer and a curl need one each; beyond it the oldest goes, which nobody reads any more
 
 
 class Monitor:
@@ -26,6 +28,7 @@ class Monitor:
         self._metrics = metrics
         self._health = health
         self._runner: web.AppRunner | None = None
+        self._listening: asyncio.Server | None = None
         self.address: tuple[str, int] | None = None
 
     async def open(self, config: MetricsConfig, *, offset: int = 0) -> None:
@@ -36,9 +39,17 @@ class Monitor:
         application.router.add_get("/readyz", self._show_readiness)
         runner = web.AppRunner(application, access_log=None, handle_signals=False, shutdown_timeout=SHUTDOWN_SECONDS)
         await runner.setup()
-        port = config.port + offset
+        server, port = runner.server, config.port + offset
+        assert server is not None       # noqa: S101 -- there is one after setup
+
+        def accept() -> asyncio.Protocol:
+            for oldest in server.connections[:len(server.connections) - MAX_CONNECTIONS + 1]:
+                if oldest.transport is not None:
+                    oldest.transport.abort()
+            return server()
+
         try:
-            await web.TCPSite(runner, config.host, port).start()
+            self._listening = await asyncio.get_running_loop().create_server(accept, config.host, port)
         except OSError as error:
             await runner.cleanup()
             why = os.strerror(error.errno) if error.errno and error.errno > 0 else "no such address"
@@ -49,6 +60,8 @@ class Monitor:
 
     async def close(self) -> None:
         runner, self._runner, self.address = self._runner, None, None
+        if self._listening is not None:
+            self._listening.close()
         if runner is not None:
             await runner.cleanup()
 

@@ -13,7 +13,7 @@ import sqlite3
 import urllib.error
 import urllib.request
 from collections.abc import AsyncIterator
-from contextlib import closing
+from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +125,35 @@ async def test_messages_are_counted_and_no_address_is_shown(site: Site, upstream
             assert daemon.stop() == 0
     await asyncio.to_thread(run)
     assert len(upstream.messages) == 3
+
+
+async def test_a_kind_of_message_is_there_before_the_first_of_it(site: Site) -> None:
+    """`increase()` sees nothing where a series begins at 1: the one message that an alert waits for would go unseen."""
+    def run() -> None:
+        with site.home.daemon() as daemon:
+            text = site.get("/metrics")[1]
+            for labels in ('direction="out",outcome="stopped",verdict=""',
+                           'direction="in",outcome="quarantined",verdict="DUPLICATE"'):
+                assert f"malote_messages_total{{{labels}}} 0.0\n" in text
+            assert 'malote_message_seconds_count{direction="in"} 0.0\n' in text
+            assert daemon.stop() == 0
+    await asyncio.to_thread(run)
+
+
+async def test_scrapers_that_never_finish_hurt_nobody(site: Site) -> None:
+    """Half requests, and answers that are not read: they hold few descriptors, mail goes on, and who asks next is answered."""
+    def run() -> None:
+        with site.home.daemon() as daemon, ExitStack() as slow:
+            before = len(list(Path(f"/proc/{daemon.pid}/fd").iterdir()))
+            for number in range(150):
+                client = slow.enter_context(socket.create_connection((HOST, site.metrics), 5))
+                with suppress(ConnectionError):     # the oldest are let go
+                    client.sendall(b"GET /metrics HTTP/1.1\r\nHost: x\r\n" + b"\r\n" * (number % 2))
+            site.send([BEN])
+            assert site.value("malote_messages_total", direction="out", outcome="sealed", verdict="") == 1
+            assert len(list(Path(f"/proc/{daemon.pid}/fd").iterdir())) - before < 60
+            assert daemon.stop() == 0
+    await asyncio.to_thread(run)
 
 
 async def test_off_is_the_default(site: Site) -> None:
