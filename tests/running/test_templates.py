@@ -352,6 +352,7 @@ def exported() -> dict[str, set[str]]:
 
 
 def expressions() -> list[str]:
+    """Of the alerts and of the panels."""
     rules = re.findall(r"(?m)^ +expr: (.*)$", (CONFIG / "prometheus/malote.rules.yml").read_text())
     board = json.loads((CONFIG / "grafana/malote.json").read_text())
     panels = [target["expr"] for panel in board["panels"] for target in panel["targets"]]
@@ -377,14 +378,37 @@ def test_alerts_and_panels_ask_for_what_there_is(expression: str) -> None:
             assert any(each in names[name] for name, _ in used), each
 
 
-PROMTOOL = shutil.which("promtool")
+FETCHED = ROOT / ".lab" / "promtool"        # tests/lab/debian-servers.sh
+PROMTOOL = str(FETCHED) if FETCHED.exists() else shutil.which("promtool")
+needs_promtool = pytest.mark.skipif(PROMTOOL is None, reason="promtool is not there: run `make setup` as root on Debian")
 
 
-@pytest.mark.skipif(PROMTOOL is None, reason="promtool is not installed")
+def promtool(*arguments: str | Path) -> None:
+    done = subprocess.run([str(PROMTOOL), *map(str, arguments)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@needs_promtool
 def test_promtool_reads_the_rules() -> None:
-    for what, name in (("rules", "malote.rules.yml"), ("config", "scrape.yml")):
-        done = subprocess.run([str(PROMTOOL), "check", what, str(CONFIG / "prometheus" / name)], capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
+    promtool("check", "rules", CONFIG / "prometheus" / "malote.rules.yml")
+    promtool("check", "config", CONFIG / "prometheus" / "scrape.yml")
+
+
+@needs_promtool
+def test_each_alert_comes_when_it_should_and_only_then(tmp_path: Path) -> None:
+    """What sets it off is in alerts_test.yml; the same file has an installation that is well, with its ups and downs."""
+    text = (ROOT / "tests/running/alerts_test.yml").read_text()
+    for name in re.findall(r"alert: (\w+)", (CONFIG / "prometheus/malote.rules.yml").read_text()):
+        assert f'alertname="{name}"' in text, name
+    (tmp_path / "test.yml").write_text(text.replace("RULES", str(CONFIG / "prometheus/malote.rules.yml")))
+    promtool("test", "rules", tmp_path / "test.yml")
+
+
+@needs_promtool
+def test_panels_ask_in_the_language_of_prometheus(tmp_path: Path) -> None:
+    rules = [{"record": f"panel:{number}", "expr": expression} for number, expression in enumerate(expressions())]
+    (tmp_path / "panels.yml").write_text(json.dumps({"groups": [{"name": "panels", "rules": rules}]}))      # JSON is YAML
+    promtool("check", "rules", tmp_path / "panels.yml")
 
 
 def test_panels_have_ids_and_places_of_their_own() -> None:
