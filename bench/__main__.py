@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from bench import mailbox, relay
+from bench import company, growth, mailbox, relay
 from bench.harness import BenchError, Result
 
 BENCHMARKS = {
@@ -14,6 +14,12 @@ BENCHMARKS = {
     "large-message": relay.large_message,
     "memory-25mb": relay.memory_25mb,
     "open-mailbox": mailbox.open_mailbox,
+    "postfix-relay": company.postfix_relay,
+    "added-latency": company.added_latency,
+    "postgres-store": company.postgres_store,
+    "postgres-nodes": company.postgres_nodes,
+    "store-growth": growth.store_growth,
+    "soak-memory": growth.soak_memory,
 }
 
 

@@ -10,7 +10,7 @@ import time
 from contextlib import ExitStack
 from pathlib import Path
 
-from bench.harness import BenchError, Malote, Result, load, process, servers, stock, workplace
+from bench.harness import Malote, Result, load, memory, process, servers, stock, workplace
 
 SMALL, LARGE, HUGE = 5 * 1024, 5 * 1024 * 1024, 25 * 1024 * 1024
 RUNS = 5
@@ -90,17 +90,9 @@ def memory_25mb() -> Result:
         with ours.running() as running:
             load(ours.socket, count=20, size_bytes=SMALL)
             time.sleep(0.5)
-            idle = _memory(running.pid, "VmRSS")
+            idle = memory(running.pid, "VmRSS")
             Path(f"/proc/{running.pid}/clear_refs").write_text("5")       # proc(5): resets the peak to what is in use now
             load(ours.socket, count=1, size_bytes=HUGE, sessions=1)
-            peak = _memory(running.pid, "VmHWM")
+            peak = memory(running.pid, "VmHWM")
         return Result("memory-25mb", (peak - idle) / HUGE, "<= 5",
                       f"one 25 MB message sealed: {(peak - idle) / 2**20:.0f} MiB above the idle {idle / 2**20:.0f} MiB")
-
-
-def _memory(pid: int, field: str) -> int:
-    """Bytes, from /proc/PID/status."""
-    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-        if line.startswith(f"{field}:"):
-            return int(line.split()[1]) * 1024
-    raise BenchError(f"no {field} for process {pid}")

@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import re
 import shutil
 import signal
 import socket
@@ -402,10 +403,12 @@ class Postfix:
 
 @dataclass(slots=True)
 class Sink:
-    """Postfix's smtp-sink: takes all mail and drops it, or with `dump` keeps each message in a file of that directory."""
+    """Postfix's smtp-sink: takes all mail and drops it, or with `dump` keeps each message in a file of that directory; with
+    `counter`, a file, it tells how many it has."""
 
     options: Sequence[str] = ()
     dump: Path | None = None
+    counter: Path | None = None
     port: int = field(default_factory=free_port)
     process: subprocess.Popen[bytes] | None = None
 
@@ -414,9 +417,19 @@ class Sink:
         if self.dump is not None:
             self.dump.mkdir(parents=True, exist_ok=True)
             shutil.chown(self.dump, "postfix")
-        command = [_sbin("smtp-sink"), "-u", "postfix", *self.options, *keep, f"inet:{HOST}:{self.port}", "1000"]
-        self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+        count = ["-c"] if self.counter is not None else []
+        command = [_sbin("smtp-sink"), "-u", "postfix", *self.options, *keep, *count, f"inet:{HOST}:{self.port}", "1000"]
+        with (self.counter or Path(os.devnull)).open("wb") as output:
+            self.process = subprocess.Popen(command, stdout=output, stderr=subprocess.DEVNULL, start_new_session=True)
         wait_for_port(self.port, process=self.process)
+
+    def messages(self) -> int:
+        """From the end of its `counter`: `sess=12 quit=11 mesg=13` and a carriage return, each time something happens."""
+        assert self.counter is not None
+        with self.counter.open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - 200))
+            found = re.findall(rb"mesg=(\d+)\r", file.read())
+        return int(found[-1]) if found else 0
 
     def stop(self) -> None:
         if self.process is not None:
@@ -451,8 +464,8 @@ class Lab:
         root = self.root / f"postfix{len(self._servers)}"
         return self._started(Postfix(root, self.certificate, self.key, next_hop, auth_port, settings or {}, services))
 
-    def sink(self, *options: str, dump: Path | None = None) -> Sink:
-        return self._started(Sink(options, dump))
+    def sink(self, *options: str, dump: Path | None = None, counter: Path | None = None) -> Sink:
+        return self._started(Sink(options, dump, counter))
 
     def client_tls(self) -> ssl.SSLContext:
         """A context that trusts this lab's certificate and checks names."""
