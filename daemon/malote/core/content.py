@@ -43,12 +43,14 @@ NO_CONTENT = Content()
 
 @dataclass(frozen=True, slots=True)
 class Glob:
-    """Text with `*`, compared without regard to case. No regular expression: each piece is looked for once."""
+    """Text with `*`. No regular expression: each piece is looked for once."""
 
-    pieces: tuple[str, ...]
+    pieces: tuple[str, ...]     # case-folded
 
     def met(self, text: str) -> bool:
-        text = text.casefold()
+        """`text` is case-folded."""
+        if len(self.pieces) == 3 and not self.pieces[0] and not self.pieces[2]:     # mostly
+            return self.pieces[1] in text
         first, last = self.pieces[0], self.pieces[-1]
         if len(self.pieces) == 1:
             return text == first
@@ -69,6 +71,7 @@ class HeaderGlob:
     value: Glob
 
     def met(self, values: Sequence[str]) -> bool:
+        """`values` are case-folded."""
         return any(self.value.met(value) for value in values)
 
 

@@ -126,6 +126,7 @@ class Policy:
         self.trial = None if trial or not any(rule.shadow for rule in config.rules) else Policy(config, trial=True)
         self.tags = (make_tag(config.seal_tag), make_tag(config.clear_tag))
         self._tag = config.seal_tag
+        self._alone: dict[int, Bounds] = {}     # of rules without others beside them
 
     def decide_message(self, message: MessageFacts, recipients: Iterable[RecipientFacts]) -> MessageDecision:
         """What happens for each recipient, and whether the message is refused as a whole."""
@@ -151,6 +152,12 @@ class Policy:
         asked_no = message.control == "no"
         if self.table.empty and not asked_no:
             return self._join(message, recipient, _NO_RULES)
+        if not self.table.asks_content and not asked_no:
+            [row] = self.table.walk(message.sender, recipient.address)
+            bounds = self._alone.get(row.index)
+            if bounds is None:
+                bounds = self._alone[row.index] = _bounds((row,), asked_no=False)
+            return self._join(message, recipient, bounds)
         rows: list[Row] = []
         for row in self.table.walk(message.sender, recipient.address):
             if row.conditions is not None:

@@ -60,10 +60,16 @@ class Conditions:
     def met(self, content: Content) -> bool:
         if content.size < self.min_bytes or (self.kinds and not self.kinds & content.kinds):
             return False
-        if self.headers and not any(header.met(content.fields.get(header.name, ())) for header in self.headers):
+        if self.headers and not any(header.met(_folded(content, header.name)) for header in self.headers):
             return False
-        subjects = content.fields.get("subject", ("",))
-        return not self.subjects or any(glob.met(subject) for glob in self.subjects for subject in subjects)
+        return not self.subjects or any(self._is_subject(subject) for subject in _folded(content, "subject") or [""])
+
+    def _is_subject(self, folded: str) -> bool:
+        return any(glob.met(folded) for glob in self.subjects)
+
+
+def _folded(content: Content, name: str) -> list[str]:
+    return [value.casefold() for value in content.fields.get(name, ())]
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +139,8 @@ class Table:
     def walk(self, sender: str, recipient: str) -> Iterator[Row]:
         """The rules that speak of mail between these two, in order, whatever its content. The last, and no other, has no
         condition on that: the first of those, or the default row."""
-        for index in self._candidates(keys_of(recipient), keys_of(sender) if self._by_sender else ()):
+        names = keys_of(recipient) if self._by_recipient else ()
+        for index in self._candidates(names, keys_of(sender) if self._by_sender else ()):
             row = self._rows[index]
             if self._speaks_of(row, sender, recipient):
                 yield row
@@ -149,7 +156,7 @@ class Table:
     def envelope_row(self, recipient: str) -> Row | None:
         """The row that `walk` ends with, as far as it is known before the sender is. None: that may be one under which mail
         could leave without a card. Where it is not the one returned, it refuses such mail as well."""
-        for index in self._candidates(keys_of(recipient), ()):
+        for index in self._candidates(keys_of(recipient) if self._by_recipient else (), ()):
             row = self._rows[index]
             if row.conditions is not None:
                 continue        # only adds
