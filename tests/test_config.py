@@ -11,7 +11,8 @@ from typing import Any, get_args
 import pytest
 from pydantic import BaseModel
 
-from malote.config import Config, Security, UpstreamConfig, config_faults, load_config, parse_config
+from malote.config import Config, Security, UpstreamConfig, load_config, parse_config
+from malote.config_faults import config_faults
 from malote.errors import ConfigError, ExitCode
 
 EXAMPLE = Path(str(resources.files("malote"))) / "malote.example.toml"

@@ -1,4 +1,4 @@
-"""Builds everything from the configuration and runs it: listeners, watchers, upkeep, signals. Only this module names them all.
+"""Builds everything from the configuration and runs it: listeners, watchers, upkeep, signals. Started by launch.py.
 
 With `service.workers` above 1 this runs in each of them, under a supervisor (supervisor.py) that has bound the sockets.
 
@@ -10,34 +10,28 @@ watchers whose account did not change are left alone. A configuration with fault
 from __future__ import annotations
 
 import asyncio
-import fcntl
-import os
-import resource
 import signal
 import socket
-import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import structlog
-import uvloop
 
-from malote.config import Config, ListenerConfig, config_faults, load_config
+from malote.config import Config, ListenerConfig, load_config
+from malote.config_faults import config_faults
 from malote.core.card import usable_until_ms
 from malote.core.policy import Policy
-from malote.core.primitives import check_post_quantum
 from malote.core.rules import rule_faults
 from malote.credentials import upstream_credentials
 from malote.errors import ConfigError, MaloteError, StoreUnavailable
 from malote.gateways import Gateways
 from malote.identities import Keyring
-from malote.logs import configure_logs, hook_uncaught
+from malote.logs import configure_logs
 from malote.membership import Membership
 from malote.notify import Manager, Systemd
 from malote.outgoing.inflight import InFlight
-from malote.outgoing.memory import return_large_blocks
 from malote.outgoing.sender import Sender
 from malote.outgoing.shadow import shadow_warnings
 from malote.outgoing.submission import Submissions
@@ -49,8 +43,8 @@ from malote.smtp.listener import Listener, needs_gate, server_settings
 from malote.smtp.open_connections import Connections
 from malote.smtp.relay import Credentials, Upstream
 from malote.smtp.sockets import Activated
-from malote.store import Store, configured_place
-from malote.supervisor import Post, Supervisor
+from malote.store import Store
+from malote.supervisor import Post
 from malote.watching import Accounts, check_accounts
 
 DRAIN_SECONDS = 240.0           # for mail in flight at the end; the unit's TimeoutStopSec is longer
@@ -392,12 +386,6 @@ class Service:
             await asyncio.sleep(seconds)
 
 
-def listeners_of(config: Config) -> dict[Place, ListenerConfig]:
-    """All that a service with this configuration listens on."""
-    sealing = {listener.place: listener for listener in config.outgoing.listeners} if config.outgoing.enabled else {}
-    return sealing | {opening.place: opening.listener for opening in config.incoming.listeners}
-
-
 def load_checked(config: Config, path: Path | None) -> Config:
     """The configuration anew from its file, or the one there is. Raises `ConfigError`."""
     fresh = load_config(path) if path is not None else config
@@ -411,85 +399,3 @@ def check_config(config: Config, path: Path | None) -> None:
     if faults := config_faults(config) + rule_faults(config.outgoing):
         raise ConfigError("\n".join(f"{path}: {fault}" if path else fault for fault in faults),
                           hint="malote check tells all that is wrong at once")
-
-
-async def serve(config: Config, config_path: Path | None, store_path: Path, passphrase: Callable[[], bytes]) -> None:
-    """The whole life of the daemon. Raises `MaloteError` if it cannot start."""
-    store = await Store.open(configured_place(config.store, store_path))
-    try:
-        lock = _only_one(store_path / LOCK_NAME)
-    except BaseException:
-        await store.close()
-        raise
-    try:
-        keyring = Keyring(store, passphrase, ask_once=config.keys.unlock == "prompt")
-        await Service(config, config_path, store, keyring).run()
-    finally:
-        await store.close()
-        os.close(lock)
-
-
-def _only_one(path: Path) -> int:
-    """Held until it is closed, or the process ends in whatever way. Two daemons on one store would watch its mailboxes under
-    one device's name, and not know of each other's messages in flight. Raises `ConfigError`, `StoreUnavailable`."""
-    try:
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)      # of a node whose store is in a database
-        lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-    except OSError as error:
-        raise StoreUnavailable(f"{path}: cannot be opened ({error.strerror})") from error
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        os.close(lock)
-        raise ConfigError("another malote runs on this store", hint="stop it, or set another store.path") from error
-    return lock
-
-
-def run(config: Config, config_path: Path | None, store_path: Path, passphrase: Callable[[], bytes]) -> None:
-    """Check, start, and return when told to stop. Raises `MaloteError` if it cannot start."""
-    check_config(config, config_path)
-    configure_logs(config.log, held=True)
-    hook_uncaught()
-    check_post_quantum()
-    os.umask(0o077)
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))    # private keys and plain text are in this memory: no core file
-    return_large_blocks()
-    sys.setswitchinterval(SWITCH_SECONDS)
-    if config.service.workers == 1:
-        uvloop.run(serve(config, config_path, store_path, passphrase))
-    else:
-        supervise(config, config_path, store_path, passphrase)
-
-
-def supervise(config: Config, config_path: Path | None, store_path: Path, passphrase: Callable[[], bytes]) -> None:
-    """The same with several workers. Raises `MaloteError` if they cannot start, or cannot be kept running."""
-    async def begin() -> tuple[int, Keyring, Callable[[], bytes]]:
-        store = await Store.open(configured_place(config.store, store_path))
-        try:
-            lock = _only_one(store_path / LOCK_NAME)
-            await store.bury_node()
-            keyring = Keyring(store, passphrase, ask_once=config.keys.unlock == "prompt")
-            await keyring.refresh()
-            return lock, keyring, store.new_owner
-        finally:
-            await store.close()
-
-    async def work(post: Post) -> None:
-        store = await Store.open(configured_place(config.store, store_path))
-        try:
-            await Service(post.config, config_path, store, keyring.again(store), post).run()
-        finally:
-            await store.close()
-
-    def worker(post: Post) -> int:
-        configure_logs(post.config.log, held=True)
-        uvloop.run(work(post))
-        return 0
-
-    check_accounts(config)
-    lock, keyring, new_owner = asyncio.run(begin())     # no uvloop before the fork: it leaves threads behind
-    try:
-        Supervisor(config, listeners=listeners_of, load=lambda: load_checked(config, config_path), work=worker,
-                   new_owner=new_owner).run()
-    finally:
-        os.close(lock)

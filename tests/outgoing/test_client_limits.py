@@ -16,7 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lab.wire import HOST, Client, RecordingDesk, RunningServer, connected, serving, until
-from malote.config import LimitsConfig, ListenerConfig, config_faults, parse_config
+from malote.config import LimitsConfig, ListenerConfig, parse_config
+from malote.config_faults import config_faults
 from malote.errors import ConfigError
 from malote.smtp import open_connections, rates
 from malote.smtp.networks import Networks, client_key

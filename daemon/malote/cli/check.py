@@ -16,7 +16,8 @@ from malote.cli.oversight_probes import audit_probe, metrics_probe
 from malote.cli.probes import clock_probe, crypto_probe, keys_probe, listener_probe, store_probe
 from malote.cli.server_probes import account_probe, next_hop_probe, upstream_probe
 from malote.cli.settings import Settings
-from malote.config import Config, config_faults
+from malote.config import Config
+from malote.config_faults import config_faults
 from malote.core.rules import rule_faults
 from malote.errors import ConfigError, ExitCode, MaloteError
 from malote.outgoing.shadow import shadow_warnings

@@ -6,7 +6,7 @@ import click
 
 from malote.cli.settings import Settings
 from malote.cli.unlock import read_passphrase
-from malote.service import run as run_service
+from malote.launch import run as run_service
 
 
 @click.command(short_help="Run the daemon in the foreground.")
