@@ -154,6 +154,12 @@ class SentElsewhere(MaloteError):
     default_reply = Reply(451, "4.3.0", "The same message is being sent already, try again later")
 
 
+class LeaseLost(MaloteError):
+    """What this process had to itself among those that share the store may be another's now."""
+
+    default_reply = Reply(451, "4.3.0", "Another server has taken this over, try again later")
+
+
 class SecretUnavailable(MaloteError):
     """A password file, credential or token command that gives nothing, or is open to others. It may be mended while we run."""
 

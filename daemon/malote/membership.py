@@ -9,19 +9,21 @@ from __future__ import annotations
 import asyncio
 import math
 import random
-import time
 from collections.abc import Awaitable, Callable, Collection, Mapping
+from contextlib import suppress
 
 import structlog
 
 from malote.errors import MaloteError
 from malote.store import Store
-from malote.store.members import MEMBER_MS
+from malote.store.members import Tenure
 
 RENEW_SECONDS = 5.0
 FIRST_LOOK_SECONDS = 1.0        # so that those who start together share from the beginning
 STOP_BEFORE_SECONDS = 12.0      # the end of the membership: watchers are told to finish the batch in hand
 CUT_BEFORE_SECONDS = 4.0        # the same: those that have not are broken off
+LAST_SECONDS = 2.0              # the same: not one command more is sent
+LOOK_SECONDS = 1.0              # how often the clock is looked at: that of `sleep` stands still while the machine is suspended
 
 log = structlog.get_logger("malote.service")
 
@@ -34,27 +36,29 @@ class Membership:
         self.accounts = 0           # how many mailboxes this process could watch
         self._store = store
         self._before = before
-        self._until = 0.0           # monotonic
         self._renewed = asyncio.Event()
+        self._lapsed = asyncio.Event()
+
+    @property
+    def tenure(self) -> Tenure:
+        """What begins now may go on for as long as this one lasts."""
+        return self._store.tenure
 
     @property
     def seconds_left(self) -> float:
-        return self._until - time.monotonic()
+        return self._store.tenure.seconds_left
 
     async def join(self) -> None:
         """Raises `StoreUnavailable`."""
-        asked = time.monotonic()
         await self._store.join(self.owner, before=self._before, accounts=self.accounts)
-        self._until = asked + MEMBER_MS / 1000
 
     async def keep(self) -> None:
         """Renew it for ever."""
         while True:
             await asyncio.sleep(RENEW_SECONDS)
-            asked = time.monotonic()
             try:
-                await self._store.renew_membership(self.accounts)
-                self._until = asked + MEMBER_MS / 1000
+                if not await self._store.renew_membership(self.accounts):
+                    self._lapsed.set()
                 self._renewed.set()
             except MaloteError as error:
                 log.warning("store not available", fault=str(error))
@@ -62,11 +66,17 @@ class Membership:
                 log.exception("membership not renewed")
 
     async def guard(self, let_go: Callable[[float], Awaitable[None]]) -> None:
-        """Call `let_go` with the seconds that it may take whenever the membership is about to end."""
+        """Call `let_go` with the seconds that it may take whenever the membership is about to end, or has ended unnoticed."""
         while True:
+            if self._lapsed.is_set():
+                self._lapsed.clear()
+                log.error("this process was away for so long that others may have taken over what it watches")
+                await let_go(0.0)
             left = self.seconds_left - STOP_BEFORE_SECONDS
             if left > 0:
-                await asyncio.sleep(left)
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(min(left, LOOK_SECONDS)):
+                        await self._lapsed.wait()
                 continue
             log.error("the store cannot be reached: other processes may take over what this one watches")
             await let_go(max(0.0, self.seconds_left - CUT_BEFORE_SECONDS))
@@ -82,6 +92,13 @@ class Membership:
             log.warning("store not available", fault=str(error))
 
     # --- shares ---
+
+    async def lost(self, held: Collection[str]) -> list[str]:
+        """What is held no more: another has it, or, after a failover, the database does not know. Raises `StoreUnavailable`."""
+        if not held:
+            return []
+        leases = await self._store.leases()
+        return [name for name in held if leases.get(name) != self.owner]
 
     async def look(self, wanted: Collection[str], held: Collection[str], overdue: set[str],
                    kept: Collection[str]) -> tuple[list[str], list[str]]:

@@ -8,17 +8,17 @@ import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import structlog
 
 from malote.config import AccountConfig, Config
-from malote.credentials import account_password
+from malote.credentials import account_password, trusted_gateways
 from malote.errors import ConfigError, FormatError, MaloteError
 from malote.identities import Keyring
 from malote.incoming.account import account_addresses, account_keys, device_name
 from malote.incoming.watcher import Watcher
-from malote.membership import FIRST_LOOK_SECONDS, RENEW_SECONDS, Membership
+from malote.membership import FIRST_LOOK_SECONDS, LAST_SECONDS, RENEW_SECONDS, Membership
 from malote.store import Store
 
 RESTART_SECONDS = 60.0          # after a fault that only the configuration, or a new version, can mend
@@ -125,6 +125,13 @@ class Accounts:
                 log.exception("fault while sharing accounts")
 
     async def _look(self, membership: Membership, overdue: set[str]) -> None:
+        if lost := await membership.lost(self._leased):
+            log.error("accounts lost to other processes", count=len(lost))
+            await self._end([self._watched[name] for name in lost if name in self._watched], 0.0)
+            for name in lost:
+                self._watched.pop(name, None)
+                self._leased.discard(name)
+                self._kept.discard(name)
         late = overdue.copy()
         take, give = await membership.look(list(self._wanted), self._leased, overdue, self._kept)
         if give:
@@ -170,8 +177,11 @@ class Accounts:
 
     def _watch(self, account: AccountConfig, device: str, *, log_addresses: bool) -> Watched:
         addresses = account_addresses(account)
+        tenure = self._membership.tenure if self._membership is not None else None
         watcher = Watcher(account, store=self._store, device=device, password=lambda: account_password(account),
-                          keys=lambda: account_keys(self._keyring.identities.values(), addresses), log_addresses=log_addresses)
+                          may_act=None if tenure is None else lambda: tenure.seconds_left > LAST_SECONDS,
+                          keys=lambda: replace(account_keys(self._keyring.identities.values(), addresses),
+                                               trusted=trusted_gateways(account)), log_addresses=log_addresses)
         task = asyncio.create_task(self._keep_watching(watcher.run, account.name), name=f"watch {account.name}")
         return Watched(account, log_addresses, watcher, task)
 

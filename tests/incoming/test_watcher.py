@@ -451,12 +451,12 @@ async def test_a_store_that_fails_for_a_while(box: Box, monkeypatch: pytest.Monk
     judge, failing = Store.judge, [True]
     seen_in_inbox: list[list[str]] = []
 
-    async def full(self: Store, *arguments: object) -> object:
+    async def full(self: Store, *arguments: object, **more: object) -> object:
         if failing:
             failing.pop()
             seen_in_inbox.append(verdicts(box.client.messages()))
             raise StoreUnavailable("full")
-        return await judge(self, *arguments)        # type: ignore[arg-type]
+        return await judge(self, *arguments, **more)        # type: ignore[arg-type]
 
     monkeypatch.setattr(Store, "judge", full)
     for _ in range(3):

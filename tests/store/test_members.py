@@ -8,7 +8,8 @@ from dataclasses import replace
 
 import pytest
 
-from malote.errors import SentElsewhere
+from malote.core.freshness import Arrival, Claim, FreshnessLimits
+from malote.errors import LeaseLost, SentElsewhere
 from malote.membership import decide_shares
 from malote.store import SendIntent, Store, members, outbox
 from malote.store.records import Outcome, SendState
@@ -175,6 +176,48 @@ async def test_leases_of_the_dead_are_free(first: Store, second: Store, open_sto
     await third.leave()
     await first.renew_membership(1)
     assert await first.take_lease("box")
+
+
+async def test_a_renewal_says_whether_it_came_in_time(first: Store, second: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the clock of the database, which is the one that others go by; and what began before has no leave to go on."""
+    before = first.tenure
+    assert await first.renew_membership(1)
+    assert first.tenure is before
+    assert before.seconds_left > 20
+    monkeypatch.setattr(members, "MEMBER_MS", members.EDGE_MS - 1)
+    assert await first.renew_membership(1)
+    monkeypatch.setattr(members, "MEMBER_MS", 30_000)
+    assert not await first.renew_membership(1), "so late that another may have seen it as gone"
+    assert before.seconds_left < 0
+    assert first.tenure is not before
+    assert await first.renew_membership(1)
+    await first.leave()         # or a database that knows nothing of us, after a failover
+    assert not await first.renew_membership(1)
+    assert ONE in await second.members()
+
+
+async def test_without_its_lease_nothing_is_judged(first: Store, second: Store, claim: Callable[..., Claim], now_ms: int) -> None:
+    """The last fence, in the same transaction: a process that does not know yet that it was away for long."""
+    await first.take_lease("box")
+    limits = FreshnessLimits()
+    assert (await first.judge(claim(1), Arrival(now_ms), limits, lease="box")).first
+    await second.join(TWO, before=ONE)
+    assert await second.take_lease("box")
+    with pytest.raises(LeaseLost):
+        await first.judge(claim(2), Arrival(now_ms), limits, lease="box")
+    assert (await second.judge(claim(2), Arrival(now_ms), limits, lease="box")).first, "and nothing was written"
+
+
+async def test_a_plan_lasts_as_long_as_the_tenure_that_it_was_made_in(first: Store, intent: MakeIntent) -> None:
+    before = await first.begin_send(intent(BOB))
+    assert before.tenure is first.tenure
+    await first.leave()
+    await first.renew_membership(0)
+    after = await first.begin_send(intent(BOB, content=b"two"))
+    assert before.tenure is not None
+    assert before.tenure.seconds_left < 0
+    assert after.tenure is not None
+    assert after.tenure.seconds_left > 0
 
 
 def shares(wanted: list[str], held: dict[bytes, set[str]], own: bytes, overdue: set[str] | None = None,

@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import re
 import ssl
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from aioimaplib import aioimaplib
@@ -60,6 +60,7 @@ class MailProtocol(aioimaplib.IMAP4ClientProtocol):     # type: ignore[misc]
         self._sending: Exchange | None = None       # the command that a `+` is for
         self._upgrading = False             # between the OK of STARTTLS and TLS: whatever arrives now was injected
         self._received = 0
+        self.may_act: Callable[[], bool] | None = None
         self._framer = Framer(max_literal)
 
     # --- from the socket ---
@@ -228,9 +229,16 @@ class MailProtocol(aioimaplib.IMAP4ClientProtocol):     # type: ignore[misc]
     def _progress(self) -> tuple[int, int]:
         return self._received, self.transport.get_write_buffer_size()
 
-    async def _send(self, command: aioimaplib.Command) -> None:
+    def check_ours(self) -> None:
+        """Raises `MailboxLost` when this process may have been away for so long that another has the mailbox now."""
         if self.lost.is_set():
             raise MailboxLost(self.lost_reason)
+        if self.may_act is not None and not self.may_act():
+            self.fail("another process may watch this mailbox now")
+            raise MailboxLost(self.lost_reason)
+
+    async def _send(self, command: aioimaplib.Command) -> None:
+        self.check_ours()
         states = _EXTRA_STATES.get(command.name) or aioimaplib.Commands[command.name].valid_states
         if self.state not in states:
             raise MailboxError(f"{command.name} is not possible in this state of the connection", code="STATE")

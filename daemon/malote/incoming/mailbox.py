@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ssl
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -103,6 +103,19 @@ class Mailbox(Reader):
     @property
     def lost_reason(self) -> str:
         return self._protocol.lost_reason
+
+    @property
+    def may_act(self) -> Callable[[], bool] | None:
+        """Asked before each command is sent; after False the connection is lost. None: nobody is asked."""
+        return self._protocol.may_act
+
+    @may_act.setter
+    def may_act(self, asked: Callable[[], bool] | None) -> None:
+        self._protocol.may_act = asked
+
+    def check_ours(self) -> None:
+        """For what is done without a command. Raises `MailboxLost`."""
+        self._protocol.check_ours()
 
     # --- folders ---
 

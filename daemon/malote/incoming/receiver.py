@@ -187,7 +187,8 @@ class Receiver:
         opened = [(letter, letter.opened) for letter in letters if letter.opened is not None]
         stored = await asyncio.gather(*(
             self._store.judge(message.claim(self._account.name),
-                              Arrival(now_ms, letter.fetched.internal_date_ms, place.last_sync_ms), self._limits)
+                              Arrival(now_ms, letter.fetched.internal_date_ms, place.last_sync_ms), self._limits,
+                              lease=self._account.name)
             for letter, message in opened))
         return [Judged(letter, row) for (letter, _), row in zip(opened, stored, strict=True)]
 
@@ -198,6 +199,7 @@ class Receiver:
             return
         for item in judged:
             item.parcel = await off_loop(len(item.letter.fetched.raw), self._parcel, place, item, others)
+        session.box.check_ours()
         await self._delivery.deliver(session, place.folder, _parcels(judged))
         changed = [item for item in judged if item.parcel is not None and item.parcel.failure is not None
                    and item.parcel.failure.code not in NO_ROOM]

@@ -67,7 +67,7 @@ class Watcher:
 
     def __init__(self, account: AccountConfig, *, store: Store, keys: Callable[[], AccountKeys], device: str,
                  password: Password, ssl_context: ssl.SSLContext | None = None, log_addresses: bool = False,
-                 clock: Callable[[], int] = now_ms) -> None:
+                 clock: Callable[[], int] = now_ms, may_act: Callable[[], bool] | None = None) -> None:
         self.account = account
         self.state = "new"              # for `malote check` and the service: connecting, catching up, watching, waiting, stopped
         self.last_error = ""
@@ -77,6 +77,7 @@ class Watcher:
         self._password = password
         self._ssl_context = ssl_context
         self._clock = clock
+        self._may_act = may_act         # whether the mailbox is still ours among those that share the store; None: nobody does
         self._limits = FreshnessLimits(late_ms=account.late_days * DAY_MS, skew_ms=account.clock_skew_seconds * 1000)
         self._outcomes = Outcomes(account.name, store, clock, addresses=log_addresses)
         self._contests = Contests()
@@ -133,6 +134,7 @@ class Watcher:
         keys = self._held_keys()
         self.state = "connecting"
         box = await Mailbox.connect(self.account, password=self._password, ssl_context=self._ssl_context)
+        box.may_act = self._may_act
         try:
             session = Session(box)
             folders = await session.open_folders(self.account)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import structlog
 
 from malote.core.keys import SignatureAlgorithm
-from malote.errors import MaloteError, NotProven, Reply, UpstreamError
+from malote.errors import LeaseLost, MaloteError, NotProven, Reply, UpstreamError
 from malote.outgoing.answers import Outcome, State, outcome_of
 from malote.outgoing.clearance import Clearance, clear
 from malote.outgoing.copies import Letter, make_copy
@@ -21,6 +21,7 @@ from malote.outgoing.transaction import Recipient, Transaction
 from malote.smtp.desk import Params
 from malote.smtp.lanes import Lane
 from malote.smtp.relay import UpstreamConnection
+from malote.store import Tenure
 
 log = structlog.get_logger("malote.outgoing")
 
@@ -46,6 +47,7 @@ class Delivery:
     deadline: float
     on_final_dot: Callable[[], object]
     executor: Executor
+    tenure: Tenure | None = None    # while it lasts, nobody else who shares the store sends the same; None: nobody shares it
     outcomes: dict[str, Outcome] = field(default_factory=dict)
     outer_ids: list[str] = field(default_factory=list)      # of the sealed copies that were accepted, in order
     copies: int = 0
@@ -166,6 +168,7 @@ class Delivery:
 
         def final_dot() -> None:
             nonlocal dotted
+            self._check_ours()
             dotted = True
             self.on_final_dot()
 
@@ -195,6 +198,11 @@ class Delivery:
                 self._settle(addresses, Outcome(State.IN_DOUBT, NOT_CONFIRMED if copy.sealed else NOT_CONFIRMED_PLAIN))
         if copy.outer_id and any(self.outcomes[address].state is State.ACCEPTED for address in addresses):
             self.outer_ids.append(copy.outer_id)
+
+    def _check_ours(self) -> None:
+        """At the last moment: a process that was stopped for long must not send what another has sent meanwhile."""
+        if self.tenure is not None and self.tenure.seconds_left <= 0:
+            raise LeaseLost("another process may be sending this message now")
 
     def _settle(self, addresses: Iterable[str], outcome: Outcome) -> None:
         for address in addresses:

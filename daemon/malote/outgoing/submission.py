@@ -206,7 +206,7 @@ class Submissions:
             shown = prepared.to_cc
             del prepared
             content.clear()
-            delivery = Delivery(letter, tx.lane, tx.sender, tx.params, deadline, session.keep_going, self._executor)
+            delivery = Delivery(letter, tx.lane, tx.sender, tx.params, deadline, session.keep_going, self._executor, plan.tenure)
             delivery.outcomes.update(_left_out(letter, turn))
             return await self._deliver(delivery, shown, plan, turn, tx, line)
         finally:
@@ -233,7 +233,7 @@ class Submissions:
                 rows={row.address: row for row in plan.rows}, submission_id=plan.submission_id, sent_at_ms=plan.sent_at_ms,
                 received=received_line(self._host, session.protocol, self.clock_ms()), known_outer_ids={}, fold=False,
                 shown=frozenset())
-            delivery = Delivery(letter, tx.lane, tx.sender, tx.params, deadline, session.keep_going, self._executor)
+            delivery = Delivery(letter, tx.lane, tx.sender, tx.params, deadline, session.keep_going, self._executor, plan.tenure)
             finished = await self._deliver(delivery, frozenset(), plan, turn, tx, line)
             if line.outcome == "plain":
                 line.outcome = "shadow"

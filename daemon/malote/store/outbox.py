@@ -88,7 +88,7 @@ def journal_key(intent: SendIntent) -> bytes:
     return digest.digest()
 
 
-def begin_send(db: Db, intent: SendIntent, owner: bytes = b"") -> SendPlan | None:
+def begin_send(db: Db, intent: SendIntent, owner: bytes = b"", tenure: members.Tenure | None = None) -> SendPlan | None:
     """Numbers for every recipient that was not accepted before, and their rows "in doubt". Raises `ClockWrong`.
 
     `owner`: this process, where others share the store; None then says that one of them is sending the same message now.
@@ -116,7 +116,7 @@ def begin_send(db: Db, intent: SendIntent, owner: bytes = b"") -> SendPlan | Non
     } for row in rows if row.state is not SendState.ACCEPTED]
     if not all(db.each(_WRITE, pending)):
         raise Contended("the same message is being sent by another process")
-    return SendPlan(key, submission_id, first_at_ms, sent_at_ms, tuple(rows), shared=bool(owner))
+    return SendPlan(key, submission_id, first_at_ms, sent_at_ms, tuple(rows), tenure=tenure)
 
 
 def _at_it(rows: Iterable[Row], owner: bytes, now_ms: int) -> set[bytes]:
@@ -213,7 +213,7 @@ def finish_send(db: Db, plan: SendPlan, outcomes: Mapping[str, tuple[Outcome, st
     db.many(_UNDO, undone)
     db.many(_UNDO_FIRST, gone)
     db.many(_ACCEPTED, accepted)
-    if plan.shared:
+    if plan.tenure is not None:
         db.many(_LET_GO, doubtful)
 
 

@@ -8,6 +8,7 @@ from enum import IntEnum, StrEnum
 
 from malote.core.freshness import Judgement
 from malote.core.primitives import hmac_sha256
+from malote.store.members import Tenure
 
 
 class Level(StrEnum):
@@ -123,7 +124,7 @@ class SendPlan:
     sent_at_ms: int         # the signed time of this attempt
     rows: tuple[SendRow, ...]
     journaled: bool = True
-    shared: bool = False    # other processes have the journal too, and see whose this is
+    tenure: Tenure | None = None    # other processes have the journal too, and leave this to us for as long as it lasts
 
     def row(self, address: str) -> SendRow:
         return next(row for row in self.rows if row.address == address)

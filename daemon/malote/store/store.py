@@ -13,7 +13,7 @@ from typing import TypeVar
 
 from malote.core.freshness import Arrival, Claim, FreshnessLimits, SeenRow
 from malote.core.primitives import hmac_sha256
-from malote.errors import SentElsewhere, StoreUnavailable
+from malote.errors import LeaseLost, SentElsewhere, StoreUnavailable
 from malote.store import accounts, cards, members, outbox, places, seen
 from malote.store.database import Db, Reader, check_place, make_engine, unavailable
 from malote.store.held import Held
@@ -61,6 +61,7 @@ class Store:
         self._cache = cards.CardCache()
         self._owner = b""           # this process, where others share the store (`join`)
         self._node = b""
+        self.tenure = members.Tenure()      # as one of those; of no meaning before `join`
         self._checked_at = 0.0
         self.on_outcome: Callable[[OutcomeEntry], object] | None = None     # told of each line of `malote log`, for metrics
 
@@ -229,6 +230,15 @@ class Store:
             self._keys[name] = await self._writer.write(lambda db: cards.local_key(db, name))
         return self._keys[name]
 
+    async def gateway_keys(self) -> tuple[bytes, ...]:
+        """What the watchers behind our gateways know our word by (`core.gateway_word`), newest first."""
+        found = await self._writer.read(lambda db: cards.find_meta(db, "gateway keys")) or b""
+        return tuple(found[start:start + 32] for start in range(0, len(found), 32))
+
+    async def set_gateway_keys(self, keys: Iterable[bytes]) -> None:
+        value = b"".join(keys)
+        await self._writer.write(lambda db: cards.put_meta(db, "gateway keys", value))
+
     # ---- outgoing --------------------------------------------------------------------------------------------------------
 
     async def begin_send(self, intent: SendIntent) -> SendPlan:
@@ -237,14 +247,15 @@ class Store:
         Raises `ClockWrong`; `SentElsewhere` while another process that shares the store sends the same.
         """
         self._held.release_plan(outbox.journal_key(intent))
-        plan = await self._writer.write(lambda db: outbox.begin_send(db, intent, self._owner))
+        tenure = self.tenure if self._owner else None       # of before: what is written down counts for it
+        plan = await self._writer.write(lambda db: outbox.begin_send(db, intent, self._owner, tenure))
         if plan is None:
             raise SentElsewhere
         return plan
 
     def let_go(self, plan: SendPlan) -> None:
         """Nothing was sent after all, and nothing is known of it: others may try at once. Not waited for."""
-        if plan.shared:
+        if plan.tenure is not None:
             self._writer.later(lambda db: outbox.finish_send(db, plan, {}, plan.first_at_ms))
 
     def begin_plain(self, intent: SendIntent) -> SendPlan | None:
@@ -312,10 +323,17 @@ class Store:
 
     # ---- incoming --------------------------------------------------------------------------------------------------------
 
-    async def judge(self, claim: Claim, arrival: Arrival, limits: FreshnessLimits) -> Stored:
-        """The verdict, written down with `delivered = no` when this returns. Deliver, then `mark_delivered`."""
+    async def judge(self, claim: Claim, arrival: Arrival, limits: FreshnessLimits, *, lease: str = "") -> Stored:
+        """The verdict, written down with `delivered = no` when this returns. Deliver, then `mark_delivered`.
+
+        `lease`: what this process must have to itself for that, where it shares the store. Raises `LeaseLost`."""
         key = self._key("seen")
-        return await self._writer.write(lambda db: seen.judge(db, key, claim, arrival, limits))
+
+        def judge(db: Db) -> Stored:
+            if lease and self._owner and not members.holds(db, lease, self._owner):
+                raise LeaseLost("another process watches this mailbox now")
+            return seen.judge(db, key, claim, arrival, limits)
+        return await self._writer.write(judge)
 
     async def record_foreign(self, claim: Claim, arrival: Arrival, limits: FreshnessLimits) -> Stored:
         """A message that another device opened: remembered as delivered."""
@@ -364,8 +382,10 @@ class Store:
                 members.leave(db, before)
             members.forget_gone(db)
             members.renew(db, owner, accounts)
+        asked = self.tenure.clock()
         await self._writer.write(join)
         self._owner = owner
+        self.tenure.renew(asked)
 
     def new_owner(self) -> bytes:
         """For `join`."""
@@ -379,9 +399,16 @@ class Store:
     def _node_mark(self) -> bytes:
         return hmac_sha256(self._key("host"), self._node)[:members.NODE_BYTES]
 
-    async def renew_membership(self, accounts: int) -> None:
-        """`accounts`: how many mailboxes this process could watch."""
-        await self._writer.write(lambda db: members.renew(db, self._owner, accounts))
+    async def renew_membership(self, accounts: int) -> bool:
+        """`accounts`: how many mailboxes this process could watch. False: the membership had run out, by the clock of the
+        database; `tenure` is a new one, and nothing that began under the old one may go on."""
+        asked = self.tenure.clock()
+        kept = await self._writer.write(lambda db: members.keep(db, self._owner, accounts))
+        if not kept:
+            self.tenure.lapse()
+            self.tenure = members.Tenure()
+        self.tenure.renew(asked)
+        return kept
 
     async def leave(self) -> None:
         """At the end: what is still held is free."""
