@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import json
+import threading
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -253,6 +254,21 @@ def test_aead_binds_its_context() -> None:
     for key, aad in ((b"K" * 32, b"context"), (b"k" * 32, b"Context")):
         with pytest.raises(Unreadable):
             primitives.aead_decrypt(key, sealed, aad)
+
+
+def test_two_passwords_at_once_do_not_wait_for_each_other_for_ever() -> None:
+    """OpenSSL's threads for the lanes did: two who logged in at the same moment, and nobody could log in any more."""
+    keys: list[bytes] = []
+
+    def derive() -> None:
+        keys.append(primitives.argon2id(b"password", b"somesalt", memory_kib=8192, iterations=3, lanes=4))
+    threads = [threading.Thread(target=derive, daemon=True) for _ in range(12)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert len(keys) == 12
+    assert len(set(keys)) == 1
 
 
 def test_argon2id_gives_the_reference_implementations_value() -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import secrets
+import threading
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
@@ -286,9 +287,16 @@ def mldsa_verify(key: MldsaPublic, message: bytes, signature: bytes) -> None:
 # --- passphrases and single blocks
 
 
+# OpenSSL runs the lanes in threads of one pool; two derivations with several lanes wait there for each other, for ever
+_ARGON2 = threading.Lock()
+
+
 def argon2id(passphrase: bytes, salt: bytes, *, memory_kib: int, iterations: int, lanes: int) -> bytes:
-    """32 bytes (RFC 9106). Takes `memory_kib` of memory and about 100 ms at 64 MiB, 3 iterations; releases the GIL."""
-    return Argon2id(salt=salt, length=KEY_BYTES, iterations=iterations, lanes=lanes, memory_cost=memory_kib).derive(passphrase)
+    """32 bytes (RFC 9106). Takes `memory_kib` of memory and about 100 ms at 64 MiB, 3 iterations; releases the GIL.
+    One at a time: a second one waits."""
+    kdf = Argon2id(salt=salt, length=KEY_BYTES, iterations=iterations, lanes=lanes, memory_cost=memory_kib)
+    with _ARGON2:
+        return kdf.derive(passphrase)
 
 
 def aead_encrypt(key: bytes, plaintext: Buffer, aad: bytes) -> bytes:

@@ -25,7 +25,7 @@ from malote.errors import ConfigError, FormatError
 MEMORY_KIB, ITERATIONS, LANES = 64 * 1024, 3, 4
 MAX_MEMORY_KIB = 1024 * 1024    # bounds what one line of the file can make a login cost
 MAX_ITERATIONS = 20
-PARALLEL = 2                    # passwords checked at once: each takes its memory
+PARALLEL = 1                    # passwords checked at once: a second one would only hold another thread (primitives.argon2id)
 
 _PHC = re.compile(r"\$argon2id\$v=19\$m=(\d{1,7}),t=(\d{1,2}),p=(\d{1,2})\$([A-Za-z0-9+/]{11,86})\$([A-Za-z0-9+/]{43})")
 
