@@ -266,6 +266,7 @@ class AccountConfig(Section):
     token_command: tuple[str, ...] = ()
     auth: Literal["auto", "login", "plain", "xoauth2", "oauthbearer"] = "auto"
     addresses: tuple[str, ...] = ()         # whose keys open mail here; default: the username if it is an address
+    trusted_gateways: tuple[Path, ...] = ()     # files of `malote gateway export`, 0600: their verdicts are believed here
     folders: tuple[str, ...] = ("INBOX", "\\Junk")
     deliver: Literal["replace", "folder", "maildir"]    # no default: it decides who can read the opened mail
     deliver_folder: str = "Malote/Opened"   # with deliver = "folder"

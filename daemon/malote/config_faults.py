@@ -115,8 +115,13 @@ def _incoming_faults(config: Config) -> Iterator[str]:
         taken.append(listener.place)
         if listener.tls != "none" and not (listener.certificate and listener.certificate_key):
             yield f'{key}.certificate: tls = "{listener.tls}" needs certificate and certificate_key'
-        if listener.socket is None and not is_loopback(listener.host):
-            if not listener.networks or _holds_all(listener.networks):
+        local, open_to_all = listener.socket is not None or is_loopback(listener.host), _lets_all(listener.networks)
+        if local and open_to_all and listener.proxies:
+            yield f"{key}.networks: must name whose mail is taken, since proxies let others in: your own mail servers"
+        if _holds_all(listener.proxies):
+            yield f"{key}.proxies: would believe everybody who says to speak for others; list only your own machines"
+        if not local:
+            if open_to_all:
                 yield f"{key}.networks: must name whose mail is taken, since others reach this address: your own mail servers"
             if listener.tls == "none":
                 yield f'{key}.tls: "none" would show mail to the network; use "starttls" or "tls"'
@@ -126,6 +131,10 @@ def _incoming_faults(config: Config) -> Iterator[str]:
         if listener.late_days * 2 > config.store.remember_days:
             yield (f"{key}.late_days: must be at most half of store.remember_days ({config.store.remember_days}), "
                    "or repeats could come in as fresh mail")
+
+
+def _lets_all(networks: Sequence[str]) -> bool:
+    return not networks or _holds_all(networks)
 
 
 def _holds_all(names: Sequence[str]) -> bool:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from malote.config import AccountConfig, UpstreamConfig
-from malote.errors import SecretUnavailable
+from malote.core.gateway_word import GatewayKey, parse_keys
+from malote.errors import FormatError, SecretUnavailable
 from malote.private_files import read_credential, read_private_file, run_token_command
 from malote.smtp.relay import Credentials
 
@@ -24,6 +25,17 @@ async def account_password(account: AccountConfig) -> str:
     if account.password_file is None:
         raise SecretUnavailable(f"account {account.name}: set exactly one of password_file, credential, token_command")
     return _text(read_private_file(account.password_file))
+
+
+def trusted_gateways(account: AccountConfig) -> tuple[GatewayKey, ...]:
+    """Of the files that `malote gateway export` wrote. Raises `SecretUnavailable`."""
+    keys: list[GatewayKey] = []
+    for path in account.trusted_gateways:
+        try:
+            keys += parse_keys(_text(read_private_file(path)))
+        except FormatError as error:
+            raise SecretUnavailable(f"{path}: {error}", hint="it must be a file that malote gateway export has written") from None
+    return tuple(keys)
 
 
 def _text(secret: bytes) -> str:

@@ -32,6 +32,7 @@ COMMANDS = {       # in the order in which they are first needed
     "inspect": "malote.cli.inspect:inspect",
     "store": "malote.cli.store:store",
     "audit": "malote.cli.audit:audit",
+    "gateway": "malote.cli.gateway:gateway",
     "completion": "malote.cli.completion:completion",
 }
 INTERRUPTED = 130   # as a shell has it: 128 + SIGINT

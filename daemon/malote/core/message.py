@@ -30,7 +30,7 @@ Control = Literal["yes", "no"]
 Bytes = bytes | bytearray | memoryview
 
 # Fields of ours that a message from outside must not carry (design 5). Malote-Key is no status and passes.
-STATUS_FIELDS = frozenset({"malote-verdict", "malote-seal", "malote-mark"})
+STATUS_FIELDS = frozenset({"malote-verdict", "malote-seal", "malote-mark", "malote-gateway"})
 REMOVED_FIELDS = frozenset({"bcc", "resent-bcc", "return-path"}) | STATUS_FIELDS
 _RECIPIENT_FIELDS = frozenset({"to", "cc", "resent-to", "resent-cc"})
 

@@ -3,7 +3,8 @@
 `Malote-Verdict` carries an HMAC under the account's key over the verdict, all that is shown with it, the message below and the
 trace fields above, so that what we delivered, sent in again, is not taken for ours: it has come another way;
 `Authentication-Results` (RFC 8601) an authserv-id with 128 bits that nobody outside knows. A message that arrives with either, or
-with Malote-Mark or Malote-Seal, and is not one that we delivered unchanged, is a forgery. Nested headers are data and stay.
+with Malote-Mark, Malote-Seal or Malote-Gateway (gateway_word.py), and is not one that we delivered unchanged, is a forgery.
+Nested headers are data and stay.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ _PIECE = 90                 # characters of a longer one that stay together: ten
 # A field of ours at the start of a line of the header. As readers do, also with space or a fold before the colon (RFC 5322 4.5),
 # in any case, and after a bare CR, which some readers take for a line end.
 _STATUS = re.compile(
-    rb"(?:\A|(?<=[\r\n]))(malote-verdict|malote-seal|malote-mark|authentication-results)(?:[ \t]|\r?\n[ \t])*:", re.IGNORECASE
+    rb"(?:\A|(?<=[\r\n]))(malote-(?:verdict|seal|mark|gateway)|authentication-results)(?:[ \t]|\r?\n[ \t])*:", re.IGNORECASE
 )
 _FIELD_END = re.compile(rb"\n(?![ \t])|\Z")
 _HEADER_END = re.compile(rb"(?:\A|\n)(?=\r?\n)")
@@ -33,7 +34,7 @@ _REST = rb"[^\n]*(?:\n[ \t][^\n]*)*"       # of a field: its value with its fold
 _BLOCK = re.compile(
     rb"malote-verdict:(%b)\nmalote-mark:(%b)\nauthentication-results:(%b)\n" % (_REST, _REST, _REST), re.IGNORECASE
 )
-_VALUE = re.compile(
+VALUE = re.compile(
     rb'([A-Z-]+); notes=([A-Z,-]*); text="(?:[ !#-\[\]-~]|\\u\{[0-9a-f]+\})*"; '
     rb"mark=([!-:<-~]+); by=([a-z0-9.-]+); mac=([0-9a-f]{64})"
 )
@@ -48,7 +49,7 @@ _RESULTS = {Verdict.FRESH: "pass", Verdict.UNKNOWN_SENDER: "none", Verdict.UNREA
 
 def message_hash(content: Bytes, received: Sequence[bytes] = ()) -> bytes:
     """SHA-512 of what stands above and below our headers, with every CRLF as LF: mail servers change line ends, nothing else."""
-    return _hash(_trace(received), _joint(content))
+    return _hash(_trace(received), joint(content))
 
 
 def _hash(above: bytes, below: bytes) -> bytes:
@@ -79,7 +80,7 @@ def make_verdict_header(
 def check_verdict_header(mac_key: bytes, value: bytes, message_sha512: bytes) -> bool:
     """Whether the value of a Malote-Verdict field was made with this key for this message."""
     value = unfold(value)
-    if _VALUE.fullmatch(value) is None:
+    if VALUE.fullmatch(value) is None:
         return False
     said, _, mac = value.rpartition(b"; mac=")
     return equal(_mac(mac_key, said, message_sha512), bytes.fromhex(mac.decode("ascii")))
@@ -93,35 +94,35 @@ def make_headers(
     verdict = make_verdict_header(
         mac_key, judgement, message_hash(content, received), text=text, mark=mark, authserv_id=authserv_id,
     )
-    results = fold_field("Authentication-Results", _results(judgement.verdict, authserv_id))
+    results = fold_field("Authentication-Results", results_of(judgement.verdict, authserv_id))
     return verdict + fold_field("Malote-Mark", [mark]) + results
 
 
-def _results(verdict: Verdict, authserv_id: str) -> list[str]:
+def results_of(verdict: Verdict, authserv_id: str) -> list[str]:
     result = _RESULTS.get(verdict, "fail" if verdict in UNPROVEN else "neutral")
     return [f"{authserv_id};", f"x-malote={result}", f"reason={verdict}"]
 
 
 def deliverable(content: bytes, received: Sequence[bytes], headers: bytes) -> bytes:
     """What is delivered: the outer Received lines, our headers, and the content as it is."""
-    return b"".join([_trace(received), headers, _joint(content)])
+    return b"".join([_trace(received), headers, joint(content)])
 
 
 def delivered_content(raw: bytes) -> bytes:
     """The content of a message that we delivered; any other message is its own content."""
-    block = _find_block(raw)
+    block = find_block(raw)
     return raw if block is None else raw[block.end():]
 
 
 def check_delivered(mac_key: bytes, raw: bytes) -> bool:
     """Whether `raw` is a message as we delivered it: our three headers, which say the same, between the trace and the content
     that they were made for, and no other status field below. What was sent in again has more trace, and is not."""
-    block = _find_block(raw)
+    block = find_block(raw)
     if block is None:
         return False
     content = raw[block.end():]
     value = unfold(block[1])
-    said = _VALUE.fullmatch(value)
+    said = VALUE.fullmatch(value)
     if said is None or not check_verdict_header(mac_key, value, _hash(raw[:block.start()], content)):
         return False
     authserv_id = said[4].decode("ascii")
@@ -131,7 +132,7 @@ def check_delivered(mac_key: bytes, raw: bytes) -> bool:
         verdict = Verdict(said[1].decode("ascii"))
     except ValueError:
         return False
-    return unfold(block[3]) == " ".join(_results(verdict, authserv_id)).encode("ascii")
+    return unfold(block[3]) == " ".join(results_of(verdict, authserv_id)).encode("ascii")
 
 
 def strip_forged(raw: bytes, authserv_id: str) -> bytes:
@@ -181,7 +182,7 @@ def _field_end(raw: bytes, start: int, header_end: int) -> int:
     return found.end() if found is not None else header_end
 
 
-def _find_block(raw: bytes) -> re.Match[bytes] | None:
+def find_block(raw: bytes) -> re.Match[bytes] | None:
     """Our headers: the first Malote-Verdict at the top level, and right below it the two others."""
     found = _HEADER_END.search(raw)
     header_end = found.end() if found is not None else len(raw)
@@ -199,7 +200,7 @@ def _mac(key: bytes, said: bytes, message_sha512: bytes) -> bytes:
     return hmac_sha256(key, _MAC_LABEL, message_sha512, said)
 
 
-def _joint(content: Bytes) -> bytes:
+def joint(content: Bytes) -> bytes:
     """Content that begins in the middle of a field would continue our last header: an empty line makes it text instead."""
     data = content if isinstance(content, bytes) else bytes(content)
     return b"\r\n" + data if data[:1] in (b" ", b"\t") else data

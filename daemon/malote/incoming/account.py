@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from malote.config import AccountConfig
 from malote.core.address import canonical_address, domain_of, is_gateway
 from malote.core.card import Card
+from malote.core.gateway_word import GatewayKey
 from malote.core.identity import Identity
 from malote.core.keys import DecryptionKey
 from malote.core.message import header_fields
@@ -57,6 +58,7 @@ class AccountKeys:
     cards: Mapping[str, Card]                       # our own, by address
     gateway_kids: frozenset[bytes]                  # ids of those keys that are not the person's but the domain's
     generation: str                                 # changes with the set of keys: then unreadable mail is tried again
+    trusted: tuple[GatewayKey, ...] = ()            # of gateways whose word is taken for what they opened
 
     @property
     def mac_key(self) -> bytes:

@@ -16,6 +16,7 @@ from malote.core import status
 from malote.core.address import domain_of
 from malote.core.card import Card, parse_card
 from malote.core.freshness import FROM_GATEWAY, QUARANTINED, TO_GATEWAY, UNPROVEN, Verdict
+from malote.core.gateway_word import GatewayWord, read_word
 from malote.core.open import Opened, Unsealed, authenticate, unseal
 from malote.core.parts import find_parts
 from malote.errors import Unreadable
@@ -23,6 +24,7 @@ from malote.incoming.account import AccountKeys, Mark, mark_of
 from malote.incoming.mailbox import Fetched
 from malote.store import Store
 
+NO_ID = "malote-nobody"         # where no authserv-id is ours
 THREAD_BYTES = 256 * 1024       # larger messages are opened in a thread: below, the hand-over costs more than it gives
 
 Ts = TypeVarTuple("Ts")
@@ -36,6 +38,7 @@ class Kind(StrEnum):
 
     PLAIN = "plain"         # nothing of ours in it, or a sealed message that somebody passed on as an attachment
     OURS = "ours"           # a copy that a device of this account has opened
+    GATEWAY = "gateway"     # opened by a gateway, which says so; whether it is one that is trusted, see `Letter.word`
     FORGED = "forged"       # carries a header of ours that we did not make
     UNREADABLE = "unreadable"   # sealed, and cannot be opened
     SEALED = "sealed"       # decrypted, and not yet proven
@@ -51,6 +54,7 @@ class Letter:
     kind: Kind = Kind.PLAIN
     reason: str = ""                    # of UNREADABLE, for the local log
     mark: Mark | None = None            # of OURS
+    word: GatewayWord | None = None     # of GATEWAY
     unsealed: Unsealed | None = field(default=None, repr=False)     # of SEALED and OPENED
     opened: Opened | None = field(default=None, repr=False)         # of OPENED
 
@@ -98,9 +102,12 @@ class Opener:
 def examine(letter: Letter, keys: AccountKeys) -> None:
     """Look for parts of ours, and decrypt what is found. Raises `Unreadable`."""
     raw = letter.fetched.raw
-    if any(status.carries_status(raw, name) for name in keys.authserv_ids):
-        ours = any(status.check_delivered(key, raw) for key in keys.mac_keys)
-        letter.kind, letter.mark = (Kind.OURS, mark_of(raw)) if ours else (Kind.FORGED, None)
+    if any(status.carries_status(raw, name) for name in keys.authserv_ids or (NO_ID,)):
+        if any(status.check_delivered(key, raw) for key in keys.mac_keys):
+            letter.kind, letter.mark = Kind.OURS, mark_of(raw)
+        else:
+            letter.word = read_word(raw, keys.trusted, keys.addresses, keys.authserv_ids)
+            letter.kind = Kind.FORGED if letter.word is None else Kind.GATEWAY
         return
     found = find_parts(raw)
     if found is None or found.forwarded:    # sent to somebody and passed on: not opened as this message's content

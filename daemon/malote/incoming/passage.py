@@ -29,7 +29,7 @@ from malote.incoming.account import AccountKeys
 from malote.incoming.delivery import carriable, wrapped
 from malote.incoming.gateway_keys import GatewayKeys
 from malote.incoming.handover import Handover, Result, Target
-from malote.incoming.opening import card_of, find_cards, off_loop, remember_outer_id
+from malote.incoming.opening import NO_ID, card_of, find_cards, off_loop, remember_outer_id
 from malote.incoming.presenting import Frame, framed, opened_copy, received_lines
 from malote.incoming.turns import Known, Memory, Turn, Turns
 from malote.smtp.lmtp import Replies
@@ -44,7 +44,7 @@ _REFUSALS = {
     "CONFLICT": "Another message with the same id was received before; this one was not delivered",
     "FORGED": "Message carries headers that only this server may write (Malote-Verdict and such); it was not delivered",
 }
-NO_ID = "malote-nobody"     # where no authserv-id is ours
+MASTERS_SECONDS = 5.0       # after which a key for watchers that was made or withdrawn counts
 
 log = structlog.get_logger("malote.incoming")
 
@@ -102,6 +102,8 @@ class Passage:
         self._seconds = seconds
         self._log_addresses = log_addresses
         self._clock = clock
+        self._masters: tuple[bytes, ...] = ()
+        self._masters_until = 0.0
         self._limits = FreshnessLimits(config.late_days * DAY_MS, config.clock_skew_seconds * 1000)
 
     async def deliver(self, mail: Mail, recipients: Sequence[Recipient]) -> Replies:
@@ -214,7 +216,7 @@ class Passage:
 
     async def _deliver(self, case: Case, judgement: Judgement, turn: Turn) -> Result:
         mail = case.mail
-        frame = self._frame(case, received_lines(mail.raw))
+        frame = await self._frame(case, received_lines(mail.raw))
         form = carriable_lines if mail.handover.eight_bit else ascii_lines
         content = await off_loop(len(mail.raw), opened_copy, case.opened, judgement, frame, form)
         return await self._hand_over(mail, case.recipient.target, content, turn, utf8=has_utf8_header(content))
@@ -229,9 +231,12 @@ class Passage:
         [result] = await mail.handover.deliver([target], content, utf8=utf8, on_final_dot=final_dot, sender=sender)
         return result
 
-    def _frame(self, case: Case, trace: Sequence[bytes]) -> Frame:
+    async def _frame(self, case: Case, trace: Sequence[bytes]) -> Frame:
+        if time.monotonic() >= self._masters_until:
+            self._masters = await self._store.gateway_keys()
+            self._masters_until = time.monotonic() + MASTERS_SECONDS
         mark = case.keys.mark(case.opened.unsealed.payload_digest, self._device)
-        return Frame(case.keys, mark, case.recipient.address, trace, self._clock())
+        return Frame(case.keys, mark, case.recipient.address, trace, self._clock(), self._host, self._masters)
 
     # --- quarantine ---
 
@@ -243,7 +248,7 @@ class Passage:
         """The sealed message as it came, below the verdict: never opened."""
         if self._config.quarantine == "refuse":
             return Result(Reply(550, "5.7.1", _REFUSALS[str(judgement.verdict)]))
-        content = framed(case.mail.raw, case.opened, judgement, self._frame(case, ()))
+        content = framed(case.mail.raw, case.opened, judgement, await self._frame(case, ()))
         return await self._to_quarantine(case.mail, case.recipient, str(judgement.verdict), content, turn)
 
     async def _quarantine_forged(self, mail: Mail, recipient: Recipient) -> Reply:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from malote.core import status
 from malote.core.freshness import Judgement, sentence
+from malote.core.gateway_word import make_word
 from malote.core.message import header_fields
 from malote.core.open import Opened
 from malote.errors import FormatError
@@ -23,6 +24,8 @@ class Frame:
     recipient: str              # as the sentence calls him
     trace: Sequence[bytes]      # Received lines, newest first
     arrived_ms: int
+    gateway: str = ""           # whose word it is, where it is a gateway's
+    masters: tuple[bytes, ...] = ()     # its keys for the watchers behind it
 
 
 def opened_copy(opened: Opened, judgement: Judgement, frame: Frame, form: Callable[[bytes], bytes]) -> bytes:
@@ -39,8 +42,12 @@ def framed(content: bytes, opened: Opened, judgement: Judgement, frame: Frame) -
     notes = (*judgement.notes, *gateway_notes(opened, keys))
     text = sentence(judgement.verdict, opened.claim(frame.recipient), arrived_ms=frame.arrived_ms, notes=notes,
                     first=judgement.first)
+    if frame.gateway:
+        text = f"{frame.gateway} says: {text}"
     headers = status.make_headers(keys.mac_key, keys.authserv_id, replace(judgement, notes=notes), text, str(frame.mark), content,
                                   frame.trace)
+    if frame.masters:
+        headers = make_word(frame.masters, frame.gateway, frame.recipient, frame.arrived_ms, headers, content) + headers
     return status.deliverable(content, frame.trace, headers)
 
 

@@ -20,6 +20,7 @@ from malote.core.freshness import Arrival, FreshnessLimits
 from malote.errors import MailboxError
 from malote.incoming.account import AccountKeys
 from malote.incoming.arbiter import Contests
+from malote.incoming.behind import Behind, Refused
 from malote.incoming.delivery import Delivery, Failure, Parcel, carriable, wrapped
 from malote.incoming.foreign import ForeignFolders
 from malote.incoming.imap_protocol import MAX_LITERAL
@@ -101,6 +102,7 @@ class Receiver:
         self._device = device
         self._clock = clock
         self._own_copies = own_copies
+        self._behind = Behind(account, store=store, outcomes=outcomes, limits=limits, clock=clock)
         self._settler = Settler(delivery=delivery, foreign=foreign, sealed=folders.sealed, contests=contests, device=device,
                                 clock=clock)
 
@@ -111,6 +113,8 @@ class Receiver:
         """
         await self.catch_up(session)
         letters = gathered.letters
+        refused = [Refused(letter, "FORGED") for letter in letters if letter.kind is Kind.FORGED]
+        refused += await self._behind.decide(session, place.folder, letters, at_work=place.last_sync_ms is not None)
         first, repeats = first_of_each(letter for letter in letters if letter.kind is Kind.OPENED)
         others = self._others(letters)
         judged = await self._judge(place, first)
@@ -118,11 +122,11 @@ class Receiver:
         again = await self._judge(place, repeats)       # now that it is known whether the first of each was delivered
         await self._deliver(session, place, await self._once_each(place, judged, again), others)
         await self._quarantine(session, place, [item for item in (*judged, *again) if item.stored.judgement.quarantine],
-                               [letter for letter in letters if letter.kind is Kind.FORGED])
+                               refused)
         await self._set_aside(session, place, [letter for letter in letters if letter.kind is Kind.UNREADABLE])
         for uid, code in gathered.refused.items():
             await self._try_later(place, uid, code)
-        await self._forget_settled(place, gathered)
+        await self._forget_settled(place, gathered, {one.letter.uid for one in refused})
 
     async def _once_each(self, place: Place, judged: Sequence[Judged], again: Sequence[Judged]) -> list[Judged]:
         """Those of `again` that are to be delivered, but never one of a message that could not be delivered just now."""
@@ -138,9 +142,10 @@ class Receiver:
                 wanted.append(item)
         return wanted
 
-    async def _forget_settled(self, place: Place, gathered: Gathered) -> None:
+    async def _forget_settled(self, place: Place, gathered: Gathered, refused: set[int]) -> None:
         """What waited and is gone, or turns out to be no concern of ours, waits no more."""
-        kept = {letter.uid for letter in gathered.letters if letter.kind not in {Kind.PLAIN, Kind.OURS}} | gathered.refused.keys()
+        settled = {Kind.PLAIN, Kind.OURS, Kind.GATEWAY}
+        kept = {letter.uid for letter in gathered.letters if letter.kind not in settled} | refused | gathered.refused.keys()
         await self._forget_attempts(place, [uid for uid in gathered.asked if uid not in kept])
 
     async def catch_up(self, session: Session) -> None:
@@ -300,16 +305,16 @@ class Receiver:
 
     # --- act: everything else ---
 
-    async def _quarantine(self, session: Session, place: Place, judged: Sequence[Judged], forged: Sequence[Letter]) -> None:
-        letters = [*(item.letter for item in judged), *forged]
+    async def _quarantine(self, session: Session, place: Place, judged: Sequence[Judged], refused: Sequence[Refused]) -> None:
+        letters = [*(item.letter for item in judged), *(one.letter for one in refused)]
         if not letters:
             return
         moves = await self._move(session, place, [letter.uid for letter in letters], self._folders.quarantine)
         await self._finish(place, [item for item in judged if item.letter.uid in moves.moved], "quarantined")
-        for letter in forged:
-            if letter.uid in moves.moved:
-                self._outcomes.note(letter, "quarantined", "FORGED")
-                await self._forget_attempts(place, [letter.uid])
+        for one in refused:
+            if one.letter.uid in moves.moved:
+                self._outcomes.note(one.letter, "quarantined", one.verdict)
+                await self._forget_attempts(place, [one.letter.uid])
         for uid, code in moves.stuck.items():
             await self._try_later(place, uid, code)
 

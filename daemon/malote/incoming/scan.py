@@ -21,7 +21,7 @@ MIN_SEALED_BYTES = 6_000        # one key blob and the smallest padded container
 MIN_PART_BYTES = 1_200          # a key blob is 1,222 bytes in binary, 1,670 in base64
 PEEK_BYTES = 128                # of an attachment: 8 bytes of magic in any encoding, after a few blank lines
 MAX_PEEKED_PARTS = 4            # of one message; ours has at least two that count, wherever a gateway has put them
-STATUS_FIELDS = ("Malote-Verdict", "Malote-Mark", "Malote-Seal")
+STATUS_FIELDS = ("Malote-Verdict", "Malote-Mark", "Malote-Seal", "Malote-Gateway")
 
 _UNLIKELY = ("text/", "image/", "audio/", "video/", "message/", "font/")
 

@@ -151,7 +151,7 @@ class Watcher:
                     break
                 self.state = "watching"
                 await self._wait(session, folders.watched, keys)
-                if self._keys().generation != keys.generation:
+                if _changes(self._keys()) != _changes(keys):
                     keys = self._held_keys()
                     receiver, foreign = self._receiver(folders, keys)
         finally:
@@ -161,7 +161,7 @@ class Watcher:
     def _held_keys(self) -> AccountKeys:
         """Without any we could not tell our own headers from forged ones, so nothing is looked at."""
         keys = self._keys()
-        if not keys.pairs:
+        if not keys.pairs and not keys.trusted:
             raise KeyMissing(f"account {self.account.name}: there is no key for any of its addresses",
                              hint="malote keys new ADDRESS, or set `addresses` of the account")
         return keys
@@ -283,7 +283,7 @@ class Watcher:
                 seconds = min(seconds, max(1.0, (at_ms - self._clock()) / 1000))
         await session.enter(watched[0])
         self._wake = session.box.wake
-        if not self._stopping.is_set() and self._keys().generation == keys.generation:
+        if not self._stopping.is_set() and _changes(self._keys()) == _changes(keys):
             await session.box.idle(seconds)
 
     async def _next_attempt_ms(self, watched: Sequence[Folder]) -> int | None:
@@ -337,6 +337,11 @@ class Progress:
         if self._total > BATCH_MESSAGES and (now - self._last > PROGRESS_SECONDS or done >= self._total):
             self._last = now
             log.info("catching up", account=self._account, folder=self._folder, done=done, total=self._total)
+
+
+def _changes(keys: AccountKeys) -> tuple[object, ...]:
+    """What a look depends on."""
+    return keys.generation, keys.trusted
 
 
 def _reason(error: MaloteError) -> dict[str, str]:
