@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -15,20 +15,17 @@ from malote.incoming.handover import Handover, Target
 from malote.incoming.passage import Mail, Passage, Recipient
 from malote.smtp.desk import AuthOutcome, ClientSession, Offer, Params
 from malote.smtp.lanes import PooledLane
-from malote.smtp.path import HOPS
+from malote.smtp.path import HOPS, LOOP, MAX_ASKING
 from malote.smtp.relay import Upstream
 from malote.smtp.sizes import announced_limit
 
-MAX_GATEWAYS = 8            # that ask each other about one message while it has no content yet
 ADDED_BYTES = 16 * 1024     # by which our headers may make a message larger
-ASKED_SECONDS = 3.0         # for what another client has asked of the next server already
 MAX_UNPROVED = 1000         # messages of one connection that wait for the proof that their replies were read
 
 _MAIL_OK = Reply(250, "2.1.0", "Sender ok")
 _NO_LOGIN = Reply(504, "5.5.4", "There is no login here")
 _NO_TRANSACTION = Reply(503, "5.5.1", "Send MAIL first")
 _NO_ANSWER = UpstreamError.default_reply
-_LOOP = Reply(554, "5.4.6", "Gateways forward this message to each other in a loop")
 _CARRIED = frozenset({"8BITMIME", "SMTPUTF8", "DSN", "REQUIRETLS"})     # extensions that are offered if the next server has them
 
 
@@ -56,35 +53,21 @@ class Gateway:
         self._passage = passage
         self._host = host
         self._clock = clock
-        self._asking: asyncio.Task[Mapping[str, str]] | None = None
 
     async def offer(self, session: ClientSession) -> Offer:
         """What the next server can carry. Raises `UpstreamError` when that cannot be found out."""
         session.state = session.state or SessionState()
-        extensions = await self._extensions()
+        extensions = await self._lane.ask()
         limit = announced_limit(extensions)
         return Offer((_CARRIED & extensions.keys()) | {HOPS}, max(1, limit - ADDED_BYTES) if limit else 0)
-
-    async def _extensions(self) -> Mapping[str, str]:
-        """Of the next server. One asks it, the others wait, and not for ever: if it is a gateway that hands its mail to us, it
-        waits for this very answer (then none is promised, and the loop shows itself at MAIL)."""
-        if self._lane.extensions:
-            return self._lane.extensions
-        asking = self._asking
-        if asking is None or asking.done():
-            asking = self._asking = asyncio.create_task(self._lane.ask())
-            asking.add_done_callback(lambda task: task.cancelled() or task.exception())     # read, also when who asked is gone
-            return await asyncio.shield(asking)
-        await asyncio.wait([asking], timeout=ASKED_SECONDS)
-        return asking.result() if asking.done() else {}
 
     async def authenticate(self, session: ClientSession, mechanism: str, initial: bytes | None) -> AuthOutcome:
         return AuthOutcome(_NO_LOGIN)
 
     async def mail(self, session: ClientSession, address: str, params: Params) -> Reply:
         hops = int(params.get(HOPS, 0))
-        if hops >= MAX_GATEWAYS:
-            return _LOOP
+        if hops >= MAX_ASKING:
+            return LOOP
         cast(SessionState, session.state).tx = Transaction(Handover(self._lane, address, params, hops))
         return _MAIL_OK
 

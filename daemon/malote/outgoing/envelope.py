@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from malote.smtp.desk import Params
+from malote.smtp.path import HOPS
 
 # A sealed message with folded attachments: Padme adds 12 % at most, the rest is a note, blobs, manifest and signature.
 SEALED_PERCENT = 112
@@ -38,6 +39,8 @@ def mail_params(client: Params, *, sealed: bool, size: int, addresses: Iterable[
         params["AUTH"] = client["AUTH"]
     if "REQUIRETLS" in client:
         params["REQUIRETLS"] = True
+    if HOPS in extensions:
+        params[HOPS] = str(int(client.get(HOPS, 0)) + 1)
     return params
 
 

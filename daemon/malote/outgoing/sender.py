@@ -22,6 +22,7 @@ from malote.outgoing.transaction import Transaction
 from malote.outgoing.users import User, Users
 from malote.smtp.desk import AuthOutcome, ClientSession, Offer, Params
 from malote.smtp.lanes import Lane, OwnLane, PooledLane
+from malote.smtp.path import HOPS, LOOP, MAX_ASKING
 from malote.smtp.relay import Upstream, UpstreamConnection
 from malote.smtp.sizes import announced_limit
 from malote.store.records import SendPlan
@@ -90,7 +91,7 @@ class Sender:
             state.submitter = self._first_submitter(session)
         extensions = state.lane.extensions if isinstance(state.lane, OwnLane) else await self._pooled.ask()
         largest = largest_original(announced_limit(extensions))
-        return Offer(_CARRIED & extensions.keys(), largest, self._mechanisms(session, state.lane))
+        return Offer((_CARRIED & extensions.keys()) | {HOPS}, largest, self._mechanisms(session, state.lane))
 
     def _mechanisms(self, session: ClientSession, lane: Lane) -> tuple[str, ...]:
         match self._listener.auth:
@@ -221,6 +222,8 @@ class Sender:
     # one message
 
     async def mail(self, session: ClientSession, address: str, params: Params) -> Reply:
+        if int(params.get(HOPS, 0)) >= MAX_ASKING:
+            return LOOP
         state = await self._state(session)
         self._check_may_send(session, state)
         if state.submitter.bound:

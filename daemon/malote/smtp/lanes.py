@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Mapping
 from typing import Protocol
 
@@ -9,6 +10,8 @@ from malote.errors import Reply, UpstreamError
 from malote.smtp.connection import Then
 from malote.smtp.desk import Params
 from malote.smtp.relay import Upstream, UpstreamConnection
+
+ASKED_SECONDS = 3.0     # for what another client has asked of the next server already
 
 _LOST = Reply(421, "4.4.2", "The connection to the next mail server is lost, nothing was sent, connect again")
 
@@ -49,6 +52,7 @@ class PooledLane:
         self._upstream = upstream
         self.width = width
         self.extensions: Mapping[str, str] = {}
+        self._asking: asyncio.Task[Mapping[str, str]] | None = None
 
     async def begin(self, address: str, params: Params, then: Then | None = None) -> tuple[UpstreamConnection, Reply]:
         connection, reply = await self._upstream.begin(address, params, then)
@@ -56,11 +60,25 @@ class PooledLane:
         return connection, reply
 
     async def ask(self) -> Mapping[str, str]:
-        """The server's extensions, asked for now if that was never done. Raises `UpstreamError`."""
-        if not self.extensions:
-            connection = await self._upstream.acquire()
-            self.extensions = connection.extensions
-            await self._upstream.release(connection)
+        """The server's extensions, asked for now if that was never done. Raises `UpstreamError`.
+
+        One asks, the others wait, and not for ever: a server that hands its mail to us waits for this very answer. Then none is
+        promised, and the loop shows itself at MAIL.
+        """
+        if self.extensions:
+            return self.extensions
+        asking = self._asking
+        if asking is None or asking.done():
+            asking = self._asking = asyncio.create_task(self._ask())
+            asking.add_done_callback(lambda task: task.cancelled() or task.exception())     # read, also when who asked is gone
+            return await asyncio.shield(asking)
+        await asyncio.wait([asking], timeout=ASKED_SECONDS)
+        return asking.result() if asking.done() else {}
+
+    async def _ask(self) -> Mapping[str, str]:
+        connection = await self._upstream.acquire()
+        self.extensions = connection.extensions
+        await self._upstream.release(connection)
         return self.extensions
 
     def park(self, connection: UpstreamConnection, give_up: Callable[[], None]) -> None:

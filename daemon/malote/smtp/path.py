@@ -27,9 +27,11 @@ MAX_PATH = 512          # RFC 5321 4.5.3.1.3 says 256; half as much again in UTF
 MAX_ENVID = 100         # RFC 3461 4.4
 MAX_ORCPT = 500         # RFC 3461 4.2
 
-# Between gateways of ours: how many have asked the next one about a message without content yet. Each waits for the next one's
-# answer to RCPT, so gateways that forward to each other must notice it before Received lines can tell them.
+# Between malotes: how many have asked the next one about a message without content yet. Each waits for the next one's
+# answer to RCPT, so those that forward to each other must notice it before Received lines can tell them.
 HOPS = "XMALOTE-HOPS"
+MAX_ASKING = 8
+LOOP = Reply(554, "5.4.6", "Mail servers forward this message to each other in a loop; nothing was sent")
 
 # Which extension a parameter belongs to; "" is always there.
 MAIL_PARAMETERS: Mapping[str, str] = {
