@@ -89,8 +89,9 @@ class Postgres:
                 self.process.wait()
             self.process = None
 
-    def copy_to(self, replica: Postgres) -> None:
-        """A standby with what is committed now; start it after this one has ended, since it has the same port."""
+    def copy_to(self, replica: Postgres, *, follow: bool = False) -> None:
+        """A standby with what is committed now. Where it has the same port, start it after this one has ended. `follow`: it
+        takes over, asynchronously, what is committed here afterwards."""
         replica.root.mkdir()
         replica.root.chmod(0o755)
         if (user := _user()) is not None:
@@ -100,7 +101,27 @@ class Postgres:
                        check=True, capture_output=True, cwd=self.root, **_as(user))
         (replica.data / "standby.signal").touch()
         with (replica.data / "postgresql.conf").open("a") as file:
-            file.write(f"unix_socket_directories = '{replica.root}'\n")
+            file.write(f"unix_socket_directories = '{replica.root}'\nport = {replica.port}\n")
+            if follow:
+                file.write(f"primary_conninfo = 'host={self.root} port={self.port} user=postgres'\n")
+
+    def catch_up(self, primary: Postgres) -> None:
+        """Wait until everything of there is here."""
+        wanted = primary.execute("postgres", "SELECT pg_current_wal_lsn()")
+        deadline = time.monotonic() + START_SECONDS
+        while self.execute("postgres", f"SELECT pg_last_wal_replay_lsn() >= '{wanted}'") != "t":
+            if time.monotonic() > deadline:
+                raise LabError("the standby does not follow")
+            time.sleep(0.02)
+
+    def lag(self) -> None:
+        """From now on nothing of the primary comes here."""
+        self.execute("postgres", "ALTER SYSTEM SET primary_conninfo = ''", "SELECT pg_reload_conf()")
+        deadline = time.monotonic() + START_SECONDS
+        while self.execute("postgres", "SELECT count(*) FROM pg_stat_wal_receiver") != "0":
+            if time.monotonic() > deadline:
+                raise LabError("the standby goes on following")
+            time.sleep(0.02)
 
     def promote(self) -> None:
         self.execute("postgres", "SELECT pg_promote()")

@@ -23,6 +23,7 @@ from malote.database_url import parse_url
 from malote.errors import ConfigError, StoreUnavailable
 from malote.store import Outcome, OutcomeEntry, PostgresPlace, SendIntent, SendState, Store, cards
 from malote.store.database import Db
+from malote.store.schema import CURRENT
 
 BOB, CAROL = "bob@b.example", "carol@c.example"
 TAKEN = {BOB: (Outcome.ACCEPTED, "250 2.0.0 queued")}
@@ -313,6 +314,71 @@ async def test_a_failover_counts_as_loss_of_state(
         await store.close()
 
 
+@pytest.fixture
+def standby(own_server: Postgres, lab: Lab, tmp_path: Path) -> Iterator[Postgres]:
+    """It follows `own_server` by streaming replication, asynchronously."""
+    server = Postgres(lab.root / f"standby-{tmp_path.name}")
+    own_server.copy_to(server, follow=True)
+    server.start()
+    yield server
+    server.stop(signal.SIGQUIT)
+
+
+async def test_a_failover_under_open_stores(
+    own_server: Postgres, standby: Postgres, intent: Make, claim: Callable[..., Claim], now_ms: int,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The same for nodes that go on running, with a replica that lacked the last commits when it was promoted: 451 meanwhile,
+    then new numberings; no repeat is fresh; what they had to themselves is not taken for granted; and no row of a message that was
+    lost is mixed up with one of a new message."""
+    name = own_server.new_database()
+    hosts = ",".join(f"{quote(str(server.root), safe='')}:{server.port}" for server in (own_server, standby))
+    nodes = [await Store.open(f"postgresql://malote@{hosts}/{name}") for _ in range(2)]
+    owners = [b"1" * 16, b"2" * 16]
+    for node, owner in zip(nodes, owners, strict=True):
+        await node.join(owner)
+    known = (await nodes[0].begin_send(intent(BOB))).row(BOB)
+    assert (await nodes[1].judge(claim(1), Arrival(now_ms), LIMITS)).judgement.verdict is Verdict.FRESH
+    await asyncio.to_thread(standby.catch_up, own_server)
+    await asyncio.to_thread(standby.lag)
+    tenure = nodes[0].tenure
+    assert await nodes[0].take_lease("box")
+    await nodes[1].leave()
+    await nodes[1].join(b"3" * 16)
+    lost = await nodes[0].begin_send(intent(BOB, content=b"lost"))
+    lost_rows = [(await nodes[1].judge(claim(number), Arrival(now_ms), LIMITS)).row_id for number in range(2, 100)]
+    await asyncio.to_thread(own_server.stop, signal.SIGQUIT)
+    for node in nodes:
+        with pytest.raises(StoreUnavailable) as caught:
+            await node.begin_send(intent(BOB, content=b"meanwhile"))
+        assert caught.value.reply.code == 451
+    await asyncio.to_thread(standby.promote)
+    async with asyncio.timeout(30):
+        while await asyncio.to_thread(standby.execute, "postgres", "SELECT pg_is_in_recovery()") == "t":
+            await asyncio.sleep(0.02)
+    after = [(await node.begin_send(intent(BOB, content=b"%d" % at))).row(BOB) for at, node in enumerate(nodes)]
+    assert known.stream not in {row.stream for row in after}
+    assert lost.row(BOB).stream not in {row.stream for row in after}
+    for number in (1, 50, 150):
+        old = await nodes[1].judge(claim(number), Arrival(now_ms), LIMITS)
+        assert old.judgement.verdict is (Verdict.FRESH if number == 1 else Verdict.UNVERIFIABLE)
+        assert old.first == (number != 1)
+        assert old.row_id not in lost_rows
+    for row_id in lost_rows:        # deliveries that end only now
+        await nodes[1].mark_delivered(row_id or 0)
+    again = await nodes[1].judge(claim(150), Arrival(now_ms), LIMITS)
+    assert not again.delivered, "another message's delivery was written down for it"
+    assert await nodes[0].leases() == {}
+    assert await nodes[0].renew_membership(1), "of before the replica lagged"
+    assert nodes[0].tenure is tenure
+    assert not await nodes[1].renew_membership(1), "the replica never knew it"
+    await nodes[0].finish_send(lost, TAKEN, now_ms)
+    texts = [record.message for record in caplog.records if "replaced or recovered" in record.message]
+    assert len(texts) == 1, "once, whichever node comes first"
+    for node in nodes:
+        await node.close()
+
+
 async def test_a_server_that_went_back_in_time_is_not_used(store_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The old primary, back again beside the new one: its timeline is the older."""
     from malote.store import postgres
@@ -360,6 +426,25 @@ async def test_a_newer_store_is_refused(postgres: Postgres, store: Store, store_
     for readonly in (False, True):
         with pytest.raises(StoreUnavailable, match="newer version"):
             await Store.open(store_url, readonly=readonly)
+
+
+@pytest.mark.parametrize(("version", "words"), [
+    ("0999", "newer version"), ("0002", "older version"), ("copying", "not finished")])
+async def test_tables_that_change_under_an_open_store(
+    postgres: Postgres, store: Store, store_url: str, intent: Make, version: str, words: str,
+) -> None:
+    """A node that was cut off while the others were brought up to date, or went back: it writes nothing into tables that it does
+    not know."""
+    name = parse_url(store_url).database
+    await store.begin_send(intent(BOB))
+    connection = store._writer._connection      # type: ignore[attr-defined]
+    postgres.execute(name, f"UPDATE alembic_version SET version_num = '{version}'",
+                     f"SELECT pg_terminate_backend({connection.get_server_pid()})")
+    for number in range(2):
+        with pytest.raises(StoreUnavailable, match=words):
+            await store.begin_send(intent(BOB, content=b"meanwhile %d" % number))
+    postgres.execute(name, f"UPDATE alembic_version SET version_num = '{CURRENT}'")
+    assert (await store.begin_send(intent(BOB, content=b"two"))).row(BOB).serial == 2
 
 
 async def test_a_missing_database_is_said(postgres: Postgres) -> None:

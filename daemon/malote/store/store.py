@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TypeVar
 
+from sqlalchemy import column, select, table
+
 from malote.core.freshness import Arrival, Claim, FreshnessLimits, SeenRow
 from malote.core.primitives import hmac_sha256
 from malote.errors import LeaseLost, SentElsewhere, StoreUnavailable
@@ -35,7 +37,7 @@ from malote.store.records import (
     participant_mark,
     split_marks,
 )
-from malote.store.schema import CURRENT
+from malote.store.schema import CURRENT, Statement
 from malote.store.writer import Commits, Writer
 
 DAY_MS = 86_400_000
@@ -521,7 +523,10 @@ def _prepare_shared(db: Db, node: bytes) -> dict[str, bytes]:
 
 
 def _greet(db: Db, server: bytes) -> None:
-    """First on each connection to PostgreSQL: whether the server is still the one that has every commit we were told of."""
+    """First on each connection to PostgreSQL: whether the tables are those that this version knows, since another may have been
+    started while we had no connection; and whether the server is still the one that has every commit we were told of."""
+    versions = [version for (version,) in db.rows(_VERSION, {})]
+    check_current(versions[0] if versions else None)
     if cards.find_meta(db, "server") == server:
         return
     db.lock("server")
@@ -534,6 +539,10 @@ def _greet(db: Db, server: bytes) -> None:
                     "mail sent before now is not called fresh")
         outbox.renew_streams(db)
         seen.add_distrust(db, time.time_ns() // 1_000_000, "", "")
+        seen.skip_rows(db)
+
+
+_VERSION = Statement(select(column("version_num")).select_from(table("alembic_version")))
 
 
 def _directory(place: str | Path | PostgresPlace) -> Path:
