@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import re
 import shutil
 import smtplib
@@ -21,10 +22,12 @@ from prometheus_client.parser import text_string_to_metric_families
 from lab.daemon import Daemon, Home, free_port
 from lab.servers import HOST, PASSWORD, Dovecot, Lab
 from lab.unpacked import MISSING, Exim
-from malote.config import config_faults, parse_config
+from malote.config import parse_config
+from malote.config_faults import config_faults
 from malote.core.parts import find_parts
 from malote.core.rules import rule_faults
 from malote.metrics import AuditNumbers, Metrics, Numbers, UpstreamNumbers
+from malote.outgoing.users import hash_password
 from malote.store.records import OutcomeEntry
 from outgoing.harness import Received, Upstream
 
@@ -188,17 +191,21 @@ async def test_postfix_with_a_smart_host(home: Home, keys: Path, lab: Lab, world
 
 
 class TemplateExim(Exim):
-    """The main section of the lab's, and the routers and transports of the template before a router to the world."""
+    """The main section of the lab's, and what the template has for each section, before a router to the world."""
 
     template = ""
 
     def _configuration(self) -> str:
         main, rest = Exim._configuration(self).split("begin acl", 1)
-        ours_main, routers, transports = (part.split("\n", 1)[1] for part in self.template.split("# --- ")[1:])
-        main = re.sub(r"daemon_smtp_ports = .*\n", ours_main, main) + "domainlist local_domains = localhost.invalid\n"
-        rest = rest.replace("begin routers\n", f"begin routers\n{routers}\n").replace(
-            "begin transports\n", f"begin transports\n{transports}\n")
-        return f"{main}begin acl{rest}"
+        parts = {part.split()[0] if part.startswith("main") else part.split()[1].rstrip(",;"): part.split("\n", 1)[1]
+                 for part in self.template.split("# --- ")[1:]}
+        if "main" in parts:
+            main = re.sub(r"daemon_smtp_ports = .*\n", parts.pop("main"), main)
+        rest += "begin authenticators\n"
+        for section in ("routers", "transports", "authenticators"):
+            rest = rest.replace(f"begin {section}\n", f"begin {section}\n{parts.pop(section, '')}\n")
+        assert not parts
+        return f"{main}domainlist local_domains = localhost.invalid\nbegin acl{rest}"
 
 
 @pytest.mark.skipif(bool(MISSING), reason=MISSING)
@@ -218,6 +225,120 @@ async def test_exim(home: Home, keys: Path, lab: Lab, world: Upstream) -> None:
                 client.sendmail(ANNA, [CLEO], text(ANNA, CLEO))
             until(lambda: len(world.messages) == 2)
             check_what_arrived(world.messages)
+            # malote keeps its connection to Exim, and Exim lets nothing lie that comes over it
+            with smtplib.SMTP(HOST, exim.port) as client:
+                for _ in range(15):
+                    client.sendmail(ANNA, [CLEO], text(ANNA, CLEO))
+            until(lambda: len(world.messages) == 17)
+        assert "no immediate delivery" not in exim.log.read_text()
+    await asyncio.to_thread(run)
+
+
+class Provider:
+    """A mail server that wants a login, and malote in front of it, as the guide says of smart hosts; `password` is the MTA's."""
+
+    password = "pass^word"      # Exim gives a meaning to ^
+
+    def __init__(self, home: Home, keys: Path, lab: Lab, dovecot: Dovecot, world: Upstream) -> None:
+        server = lab.postfix(f"smtp:[{HOST}]:{world.port}", auth_port=dovecot.auth_port)
+        relay = Relay(home, keys, 10026)
+        users = home.secret("users", f"mta:{hash_password(self.password)}:*\n")
+        [snippet] = snippets("users_file")
+        old = tomllib.loads(home.config.read_text())["outgoing"]["listeners"][0]
+        assert old == {"port": relay.port, "auth": "none"}
+        self.relay, self.port = relay, relay.port
+        changed = re.sub(r"(?s)\[\[outgoing.listeners\]\].*?(?=\n\[outgoing.upstream\])", lambda _: snippet.replace(
+            "port = 2525", f"port = {relay.port}").replace("/etc/malote/users", str(users)), home.config.read_text())
+        changed = re.sub(r"(?s)\[outgoing.upstream\].*?\n\n", lambda _: (
+            f'[outgoing.upstream]\nhost = "localhost"\nport = {server.submission_port}\nca_file = "{lab.certificate}"\n'
+            f'username = "alice@test.example"\npassword_file = "{home.root}/password"\n\n'), changed)
+        home.config.write_text(changed)
+
+
+async def test_postfix_with_a_smart_host_that_wants_a_login(home: Home, keys: Path, lab: Lab, dovecot: Dovecot,
+                                                            world: Upstream) -> None:
+    """Nobody else on this machine may use the login that malote has at the provider; bounces and forwarded mail pass."""
+    def run() -> None:
+        provider = Provider(home, keys, lab, dovecot, world)
+        table = home.secret("malote.password", f"[{HOST}]:{provider.port} mta:{provider.password}\n")
+        subprocess.run(["/usr/sbin/postmap", str(table)], check=True)
+        settings = main_cf(template("postfix/smart-host-login.main.cf", port=f":2525 => :{provider.port}",
+                                    table=f"/etc/postfix/malote.password => {table}"))
+        table.with_name("malote.password.db").chmod(0o644)
+        for place in (home.root, *home.root.parents):
+            if place.stat().st_uid == os.getuid() and place != Path("/"):
+                place.chmod(place.stat().st_mode | 0o011)
+        postfix = lab.postfix("smtp:", settings={**settings, "default_transport": "smtp", "relay_transport": "smtp"})
+        with provider.relay.running():
+            with smtplib.SMTP(HOST, provider.port) as client:       # somebody on this machine
+                client.ehlo()
+                assert client.docmd("MAIL", f"FROM:<{ANNA}>")[0] == 530
+            with smtplib.SMTP(HOST, postfix.port) as client:
+                client.sendmail(ANNA, [BEN], text(ANNA, BEN))
+                client.sendmail(ANNA, [CLEO], text(ANNA, CLEO))
+                client.sendmail("", [DORA.replace("partner", "elsewhere")], text("eve@elsewhere.example", DORA))
+            until(lambda: len(world.messages) == 3)
+            forwarded = [message for message in world.messages if "dora" in message.recipients[0]]
+            assert len(forwarded) == 1
+            check_what_arrived([message for message in world.messages if message not in forwarded])
+    await asyncio.to_thread(run)
+
+
+@pytest.mark.long
+@pytest.mark.skipif(bool(MISSING), reason=MISSING)
+async def test_exim_with_a_smart_host_that_wants_a_login(home: Home, keys: Path, lab: Lab, dovecot: Dovecot,
+                                                         world: Upstream) -> None:
+    def run() -> None:
+        provider = Provider(home, keys, lab, dovecot, world)
+        root = lab.root / "exim-smart-host"
+        root.mkdir()
+        password = root / "malote.password"
+        password.write_text(f"{provider.password}\n")
+        exim = TemplateExim(root, lab.certificate, lab.key, 1)
+        TemplateExim.template = template("exim/smart-host.conf", port=f"port = 2525 => port = {provider.port}",
+                                         password=f"/etc/exim4/malote.password => {password}")
+        with exim.running(), provider.relay.running():
+            with smtplib.SMTP(HOST, exim.port) as client:
+                client.sendmail(ANNA, [BEN], text(ANNA, BEN))
+                client.sendmail(ANNA, [CLEO], text(ANNA, CLEO))
+            until(lambda: len(world.messages) == 2)
+            check_what_arrived(world.messages)
+    await asyncio.to_thread(run)
+
+
+async def test_a_smart_host_over_the_network(home: Home, keys: Path, lab: Lab, world: Upstream) -> None:
+    """What Exchange, Microsoft and Google reach, TLS with a name that they verify, and only from their addresses; a Postfix that
+    verifies stands in for them."""
+    relay = Relay(home, keys, world.port)
+    port = relay.port
+
+    def configure(network: str) -> None:
+        shared = template("smart-host.toml", host=f'host = "192.0.2.10" => host = "{HOST}"', port=f"port = 25  => port = {port} ",
+                          certificate=f"/etc/malote/relay.pem => {lab.certificate}", key=f"/etc/malote/relay.key => {lab.key}",
+                          network=f'"192.0.2.20" => "{network}"', back=f"port = 10026 => port = {world.port}",
+                          metrics=f"port = 9625 => port = {relay.metrics}",
+                          workers="workers = 2 => workers = 1", audit=f"/var/lib/malote/audit.jsonl => {home.root}/audit.jsonl",
+                          unlock=f'unlock = "credential" => unlock = "file"\nfile = "{home.root}/passphrase"')
+        home.config.write_text(f'{shared}\n[store]\npath = "{home.root}/store"\n[log]\nformat = "json"\n')
+
+    def run() -> None:
+        configure(HOST)
+        postfix = lab.postfix("smtp:", settings={
+            "relayhost": f"[localhost]:{port}", "default_transport": "smtp", "relay_transport": "smtp",
+            "smtp_tls_security_level": "secure", "smtp_tls_secure_cert_match": "hostname",
+            "smtp_tls_CAfile": str(lab.certificate)})
+        with home.daemon() as daemon:
+            with smtplib.SMTP(HOST, postfix.port) as client:
+                client.sendmail(ANNA, [BEN], text(ANNA, BEN))
+                client.sendmail(ANNA, [CLEO], text(ANNA, CLEO))
+            until(lambda: len(world.messages) == 2)
+            check_what_arrived(world.messages)
+            configure("192.0.2.20")
+            daemon.reload()
+            with pytest.raises(smtplib.SMTPConnectError) as caught:
+                smtplib.SMTP(HOST, port)
+            assert caught.value.smtp_code == 554
+            assert daemon.stop() == 0
     await asyncio.to_thread(run)
 
 
@@ -263,16 +384,23 @@ def _greeted(port: int) -> bool:
 
 
 def test_the_configuration_of_the_relay_has_no_fault() -> None:
-    config = parse_config(tomllib.loads((CONFIG / "relay.toml").read_text()), source="relay.toml")
-    assert config_faults(config) == []
-    assert rule_faults(config.outgoing) == []
+    for name in ("relay.toml", "smart-host.toml"):
+        config = parse_config(tomllib.loads((CONFIG / name).read_text()), source=name)
+        assert config_faults(config) == []
+        assert rule_faults(config.outgoing) == []
 
 
 def snippets(word: str) -> list[str]:
     """The tables that the guide shows."""
     found = [textwrap.dedent(block) for block in re.findall(r"(?m)(?:^    \[\[.*\n(?:^    .*\n)*)", GUIDE)]
-    assert len(found) == 3
+    assert len(found) == 4
     return [each for each in found if word in each]
+
+
+def test_the_snippet_for_smart_hosts_is_what_their_configuration_has() -> None:
+    [snippet] = snippets("relay.pem")
+    whole = tomllib.loads((CONFIG / "smart-host.toml").read_text())
+    assert tomllib.loads(snippet)["outgoing"]["listeners"] == whole["outgoing"]["listeners"]
 
 
 def test_the_snippets_of_the_guide_have_no_fault() -> None:

@@ -15,10 +15,12 @@ from malote.core.address import canonical_address, domain_of
 from malote.core.identity import Identity
 from malote.errors import FormatError, Reply, SenderRefused
 
+ANY = "*"       # in the place of an address: whatever stands in From
+
 
 @dataclass(frozen=True, slots=True)
 class Submitter:
-    """Who hands a message in. `addresses` may hold `@domain`; `login` "" is nobody."""
+    """Who hands a message in. `addresses` may hold `@domain` and ANY; `login` "" is nobody."""
 
     login: str = ""
     addresses: frozenset[str] = frozenset()
@@ -26,7 +28,8 @@ class Submitter:
     bound: bool = False         # sends from its own addresses only, sealed or not
 
     def owns(self, address: str) -> bool:
-        return self.anyone or address in self.addresses or f"@{domain_of(address)}" in self.addresses
+        return (self.anyone or address in self.addresses or f"@{domain_of(address)}" in self.addresses
+                or ANY in self.addresses)
 
 
 def decide_signer(identities: Mapping[str, Identity], submitter: Submitter, from_address: str | None) -> Identity | None:

@@ -3,7 +3,8 @@
 One user a line, `login:argon2id hash:address,address`. The hash is a PHC string (`$argon2id$v=19$m=65536,t=3,p=4$salt$hash`, as
 the `argon2` command and most libraries write it); empty, it says that the login has no password here: it is one of the upstream
 server (pass-through), of this machine (a user name or uid at a UNIX socket), or a name in a client's certificate. An address
-`@example.org` stands for all of that domain. Lines that are empty or begin with `#` are skipped.
+`@example.org` stands for all of that domain, `*` for every address: a mail server that has made sure who writes. Lines that are
+empty or begin with `#` are skipped.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from types import MappingProxyType
 from malote.core.address import canonical_card_address
 from malote.core.primitives import argon2id, equal, random_bytes
 from malote.errors import ConfigError, FormatError
+from malote.outgoing.identities import ANY
 
 # RFC 9106 section 4, second recommended option: 64 MiB, 3 passes, 4 lanes
 MEMORY_KIB, ITERATIONS, LANES = 64 * 1024, 3, 4
@@ -98,7 +100,8 @@ def _parse_line(line: str, where: str) -> User:
         raise ConfigError(f"{where}: expected login:argon2id hash:address,address")
     login, phc, addresses = parts
     try:
-        canonical = frozenset(canonical_card_address(address.strip()) for address in addresses.split(",") if address.strip())
+        canonical = frozenset(ANY if address.strip() == ANY else canonical_card_address(address.strip())
+                              for address in addresses.split(",") if address.strip())
     except FormatError as error:
         raise ConfigError(f"{where}: the third part has something that is no address") from error
     return User(login, _parse_hash(phc, where) if phc else None, canonical)
