@@ -46,6 +46,7 @@ class Prepared:
     builds: dict[Place, Build] = field(default_factory=dict)
     settings: dict[Place, ServerSettings] = field(default_factory=dict)
     opened: list[Listener] = field(default_factory=list)
+    closed: list[Build] = field(default_factory=list)       # had to make room for one of these
 
 
 class Gateways:
@@ -107,6 +108,7 @@ class Gateways:
         else:
             if running is not None:     # what comes first on a connection is a property of who accepts it
                 running.listener.close()
+                prepared.closed.append(running)
             listener = Listener(settings, gateway, self._connections, self._budget, lmtp)
             await listener.open(opening.listener, self._sockets(opening.listener))
             prepared.opened.append(listener)
@@ -118,11 +120,14 @@ class Gateways:
         return Upstream(opening.upstream, credentials=credentials if opening.upstream.username else None)
 
     async def drop(self, prepared: Prepared) -> None:
-        """It is not wanted after all."""
+        """It is not wanted after all. Raises `ConfigError` if what ran before cannot go on."""
         running = list(self._builds.values())
         for listener in prepared.opened:
             if all(build.listener is not listener for build in running):
                 listener.close()
+        for build in prepared.closed:
+            if build in running:
+                await build.listener.open(build.config.listener, self._sockets(build.config.listener))
         for build in prepared.builds.values():
             if all(build is not other for other in running):
                 await build.upstream.close()

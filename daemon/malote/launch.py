@@ -12,13 +12,13 @@ from pathlib import Path
 
 import uvloop
 
-from malote.config import Config, ListenerConfig
+from malote.config import Config
 from malote.core.primitives import check_post_quantum
 from malote.errors import ConfigError, StoreUnavailable
 from malote.identities import Keyring
 from malote.logs import configure_logs, hook_uncaught
 from malote.outgoing.memory import return_large_blocks
-from malote.service import Place, Service, check_config, load_checked
+from malote.service import Service, check_config, listeners_of, load_checked
 from malote.store import Store, configured_place
 from malote.supervisor import Post, Supervisor
 from malote.watching import check_accounts
@@ -110,9 +110,3 @@ def supervise(config: Config, config_path: Path | None, store_path: Path, passph
                    new_owner=new_owner).run()
     finally:
         os.close(lock)
-
-
-def listeners_of(config: Config) -> dict[Place, ListenerConfig]:
-    """All that a service with this configuration listens on."""
-    sealing = {listener.place: listener for listener in config.outgoing.listeners} if config.outgoing.enabled else {}
-    return sealing | {opening.place: opening.listener for opening in config.incoming.listeners}

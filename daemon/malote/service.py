@@ -52,6 +52,7 @@ LOCK_NAME = "run.lock"
 REFRESH_SECONDS = 5.0           # how soon keys and cards made by another process are used
 EXPIRE_EVERY_SECONDS = 3600.0
 RETRY_KEYS_SECONDS = 60.0
+NEED_RESTART = ("service", "store", "keys")     # sections that a reload leaves as they are
 
 Place = tuple[str, int]     # what a listener listens on: ListenerConfig.place
 
@@ -233,15 +234,10 @@ class Service:
     async def _apply_outgoing(self, config: Config) -> None:
         wanted = {listener.place: listener for listener in config.outgoing.listeners} if config.outgoing.enabled else {}
         build = self._build_outgoing(config) if wanted else None
-        opened: dict[Place, Listener] = {}
         try:
             settings = {place: server_settings(listener, config.limits, self.host) for place, listener in wanted.items()}
-            for place, listener in wanted.items():
-                if build is not None and self._must_open(place, settings[place]):
-                    opened[place] = await self._open(listener, settings[place], build.desks[place])
+            opened = await self._open_listeners(wanted, settings, build) if build is not None else {}
         except BaseException:
-            for fresh in opened.values():
-                fresh.close()
             if build is not None:
                 await build.close()
             raise
@@ -258,14 +254,28 @@ class Service:
             old.submissions.policy = policy
         self._outgoing = build
 
-    def _must_open(self, place: Place, settings: ServerSettings) -> bool:
-        """Whether something comes before SMTP is a property of who accepts; all else can change while it listens."""
-        running = self._listeners.get(place)
-        if running is not None and running.gated != needs_gate(settings):
-            del self._listeners[place]
-            running.close()
-            return True
-        return running is None
+    async def _open_listeners(self, wanted: Mapping[Place, ListenerConfig], settings: Mapping[Place, ServerSettings],
+                              build: Outgoing) -> dict[Place, Listener]:
+        """Those that are new, and those that have to be. After an exception all listen as before."""
+        opened: dict[Place, Listener] = {}
+        closed: dict[Place, Listener] = {}
+        try:
+            for place, listener in wanted.items():
+                running = self._listeners.get(place)
+                if running is not None and running.gated != needs_gate(settings[place]):    # a property of who accepts
+                    running.close()
+                    closed[place] = self._listeners.pop(place)
+                if place not in self._listeners:
+                    opened[place] = await self._open(listener, settings[place], build.desks[place])
+        except BaseException:
+            for fresh in opened.values():
+                fresh.close()
+            before = listeners_of(self.config)
+            for place, old in closed.items():
+                await old.open(before[place], self._given_sockets(before[place]))
+                self._listeners[place] = old
+            raise
+        return opened
 
     async def _open(self, listener: ListenerConfig, settings: ServerSettings, desk: Sender) -> Listener:
         fresh = Listener(settings, desk, self._connections, self._budget)
@@ -331,9 +341,6 @@ class Service:
 
     async def _reload_now(self) -> None:
         config = self._next or load_checked(self.config, self.config_path)
-        for section in ("service", "store", "keys"):
-            if getattr(config, section) != getattr(self.config, section):
-                log.warning("a change of this section needs a restart", section=section)
         await self.keyring.refresh()
         await self._apply(config)
         configure_logs(config.log, held=True)
@@ -386,12 +393,22 @@ class Service:
             await asyncio.sleep(seconds)
 
 
+def listeners_of(config: Config) -> dict[Place, ListenerConfig]:
+    """All that a service with this configuration listens on."""
+    sealing = {listener.place: listener for listener in config.outgoing.listeners} if config.outgoing.enabled else {}
+    return sealing | {opening.place: opening.listener for opening in config.incoming.listeners}
+
+
 def load_checked(config: Config, path: Path | None) -> Config:
-    """The configuration anew from its file, or the one there is. Raises `ConfigError`."""
+    """The configuration anew from its file, or the one there is; of what only a restart changes, what there is. Raises
+    `ConfigError`."""
     fresh = load_config(path) if path is not None else config
     check_config(fresh, path)
     check_accounts(fresh)
-    return fresh
+    for section in NEED_RESTART:
+        if getattr(fresh, section) != getattr(config, section):
+            log.warning("a change of this section needs a restart", section=section)
+    return fresh.model_copy(update={section: getattr(config, section) for section in NEED_RESTART})
 
 
 def check_config(config: Config, path: Path | None) -> None:

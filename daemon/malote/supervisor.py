@@ -36,6 +36,7 @@ SETTLED_SECONDS = 1.0       # a worker that was ready for as long as this did no
 AT_ONCE_MOST = 5            # ends at once in a row, of one worker: then the service ends
 BACKOFF_SECONDS = (0.0, 0.5, 1.0, 2.0, 4.0)     # before it is started again, the first time within RECENT_SECONDS, the second ...
 RECENT_SECONDS = 60.0
+RETRY_SECONDS = 2.0         # until the next try where the system had no process or descriptor for one
 END_SECONDS = 280.0         # for the workers to finish; longer than a worker's own limit, shorter than the unit's TimeoutStopSec
 TURN_SECONDS = 1.0
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD)
@@ -142,8 +143,8 @@ class Bound:
 
 
 class Supervisor:
-    """`listeners`: what a configuration listens on. `load`: the configuration anew, checked. `work`: what a worker does.
-    `new_owner`: names one."""
+    """`listeners`: what a configuration listens on. `load`: the configuration anew, checked, with what needs a restart as it is.
+    `work`: what a worker does. `new_owner`: names one."""
 
     def __init__(self, config: Config, *, listeners: Callable[[Config], dict[Place, ListenerConfig]], load: Callable[[], Config],
                  work: Work, new_owner: Callable[[], bytes]) -> None:
@@ -164,6 +165,7 @@ class Supervisor:
         self._failure: MaloteError | None = None
         self._reload_by: float | None = None
         self._before_reload: Config | None = None
+        self._reload_again = False      # asked for while another one was under way
 
     def run(self) -> None:
         """Until told to stop, and all workers have ended. Raises `MaloteError` when they cannot be started, or kept running."""
@@ -201,16 +203,17 @@ class Supervisor:
                 self._start(slot)
         self._kill_late(now)
         self._feed_watchdog(now)
+        self._turn_reload(now)
+
+    def _turn_reload(self, now: float) -> None:
         if self._reload_by is not None and (now > self._reload_by or not any(slot.reloading for slot in self._slots)):
             self._end_reload(refused=False)
 
     def _wait_seconds(self) -> float:
         now = time.monotonic()
         due = [slot.start_at for slot in self._slots if slot.start_at is not None and self._stop_by is None]
-        seconds = min([TURN_SECONDS, *(at - now for at in due)])
-        if self._watchdog is not None:
-            seconds = min(seconds, self._watchdog_at + self._watchdog - now)
-        return max(0.0, seconds)
+        turn = TURN_SECONDS if self._watchdog is None else min(TURN_SECONDS, self._watchdog / 4)
+        return max(0.0, min([turn, *(at - now for at in due)]))
 
     def _hear_signals(self) -> None:
         for end in (self._wake, self._woken):
@@ -256,11 +259,22 @@ class Supervisor:
     # --- a worker's beginning and end ---
 
     def _start(self, slot: Slot) -> None:
-        ours, theirs = Channel.pair()
+        try:
+            ours, theirs = Channel.pair()
+        except OSError as error:
+            self._cannot_start(slot, error)
+            return
         before, owner = slot.owner, self._new_owner()
         flush_logs()
         masked = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)      # none may come to the child as if it were the parent
-        pid = os.fork()
+        try:
+            pid = os.fork()
+        except OSError as error:
+            signal.pthread_sigmask(signal.SIG_SETMASK, masked)
+            ours.close()
+            theirs.close()
+            self._cannot_start(slot, error)
+            return
         if not pid:
             self._be_worker(Post(slot.number, self.config, self._bound.sockets, theirs, self._siblings, owner, before,
                                  self._watchdog / 2 if self._watchdog is not None else None), ours)
@@ -271,6 +285,11 @@ class Supervisor:
         slot.ready_at = slot.start_at = None
         slot.reloading = False      # it was started with the newest
         self._selector.register(ours.socket, selectors.EVENT_READ, slot)
+
+    def _cannot_start(self, slot: Slot, error: OSError) -> None:
+        """No process or descriptor is left just now. The other workers go on."""
+        log.error("worker cannot be started, tried again soon", worker=slot.number, reason=error.strerror)
+        slot.start_at = time.monotonic() + RETRY_SECONDS
 
     def _be_worker(self, post: Post, supervisors_end: Channel) -> None:
         """In the child. Never returns, and runs nothing that belongs to the parent."""
@@ -373,13 +392,12 @@ class Supervisor:
 
     def _reload(self) -> None:
         """All workers, or none: when one refuses, the others get the old configuration back."""
+        if self._reload_by is not None:     # what workers say now is of the one before
+            self._reload_again = True
+            return
         notify_reloading()
         try:
             config = self._load()
-            for section in ("service", "store", "keys"):
-                if getattr(config, section) != getattr(self.config, section):
-                    log.warning("a change of this section needs a restart", section=section)
-            config = config.model_copy(update={name: getattr(self.config, name) for name in ("service", "store", "keys")})
             self._bound.apply(self._listeners(config))
         except MaloteError as error:
             log.error("not reloaded, the old configuration stays", fault=str(error), hint=error.hint)
@@ -401,11 +419,21 @@ class Supervisor:
         before, self._before_reload = self._before_reload, None
         if refused and before is not None:
             log.error("not reloaded, the old configuration stays")
-            self._bound.apply(self._listeners(before))
+            try:
+                self._bound.apply(self._listeners(before))
+            except ConfigError as error:    # somebody else has taken what was closed meanwhile
+                self._give_up(int(error.exit_code), str(error))
+                return
             self.config = before
             self._announce()
             return
         self._reload_by = None
-        if before is not None:
+        late = [slot.number for slot in self._slots if slot.reloading]
+        if late:
+            log.warning("workers have not taken the new configuration yet", workers=late)
+        elif before is not None:
             log.info("reloaded", workers=len(self._slots))
         notify("READY=1")
+        if self._reload_again:
+            self._reload_again = False
+            self._reload()

@@ -15,7 +15,7 @@ from malote.core.keys import SignatureAlgorithm
 from malote.errors import KeysLocked
 from malote.identities import Keyring
 from malote.outgoing.submission import Submissions
-from malote.service import Service
+from malote.service import Service, load_checked
 from malote.store import LockedIdentity, Store
 
 
@@ -132,3 +132,14 @@ async def test_a_fault_in_the_upkeep_does_not_end_the_service(home: Home, monkey
     service.stop()
     await running
     await store.close()
+
+
+def test_what_needs_a_restart_stays_as_it_is_in_a_reload(home: Home) -> None:
+    """A store that is remembered for a shorter time from now on would forget, though the log said that nothing changed."""
+    sections = listener(free_port()) + upstream(1, None)
+    home.configure(sections)
+    running = load_config(home.config)
+    home.configure(sections, store="remember_days = 100", log='level = "info"')
+    fresh = load_checked(running, home.config)
+    assert load_config(home.config).store.remember_days == 100
+    assert (fresh.store, fresh.log.level) == (running.store, "info")

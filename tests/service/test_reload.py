@@ -116,6 +116,20 @@ def test_a_port_that_is_taken_changes_nothing(home: Home, lab: Lab, postfix: Pos
         assert daemon.stop() == 0
 
 
+def test_a_refused_reload_that_had_to_close_a_listener_opens_it_again(home: Home, lab: Lab, postfix: Postfix) -> None:
+    """Who accepts changes with TLS, so the old listener goes before the new one comes; a later fault must not leave neither."""
+    port, up = free_port(), upstream(postfix.submission_port, lab.certificate) + rule("never")
+    place(home, *make_certificate(home.root, "first"))
+    tls = f'tls = "tls"\ncertificate = "{home.root}/live.crt"\ncertificate_key = "{home.root}/live.key"'
+    home.configure(listener(port) + up)
+    with home.daemon() as daemon:
+        home.configure(listener(port, tls) + listener(postfix.port) + up)
+        daemon.reload()
+        assert f"cannot listen on 127.0.0.1 port {postfix.port}" in daemon.text()
+        assert listens(port)
+        assert daemon.stop() == 0
+
+
 def peer_certificate(port: int) -> bytes:
     context = ssl.create_default_context()
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
