@@ -342,6 +342,7 @@ class Service:
     async def _reload_now(self) -> None:
         config = self._next or load_checked(self.config, self.config_path)
         await self.keyring.refresh()
+        self._keys_open = True
         await self._apply(config)
         configure_logs(config.log, held=True)
         log.info("reloaded", accounts=self._accounts.names, listeners=len(self._listeners))

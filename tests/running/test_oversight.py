@@ -186,6 +186,7 @@ async def test_alive_and_ready_and_why_not(site: Site, upstream: Upstream) -> No
             daemon.reload()
             daemon.until(lambda: site.get("/readyz")[0] == 200, "ready")
             assert json.loads(site.get("/readyz")[1]) == {"ready": True, "reasons": []}
+            assert site.get("/metrics/x")[0] == site.get("/")[0] == 404
             # while it ends: somebody is still in the middle of a message
             with closing(smtplib.SMTP(HOST, site.port)) as client:
                 client.ehlo()
@@ -199,6 +200,27 @@ async def test_alive_and_ready_and_why_not(site: Site, upstream: Upstream) -> No
                 client.send(f"From: {ANNA}\r\nTo: {BEN}\r\n\r\nx\r\n.\r\n".encode())
                 assert client.getreply()[0] == 250
             assert daemon.wait() == 0
+    await asyncio.to_thread(run)
+
+
+async def test_keys_that_cannot_be_unlocked_are_no_readiness(site: Site) -> None:
+    """Somebody made them under another passphrase than the one that the daemon is given."""
+    shutil.rmtree(site.home.root / "store")
+
+    def run() -> None:
+        with site.home.daemon() as daemon:
+            assert site.get("/readyz")[0] == 200
+            given = (site.home.root / "passphrase").read_text()
+            site.home.secret("passphrase", "another passphrase")
+            site.home.keys("new", ANNA, "--algorithm", "ed25519")
+            site.home.secret("passphrase", given)
+            daemon.until(lambda: site.get("/readyz")[0] == 503, "the keys are looked at")
+            assert json.loads(site.get("/readyz")[1])["reasons"] == ["its keys cannot be unlocked"]
+            assert site.value("malote_ready", check="keys") == 0
+            site.home.secret("passphrase", "another passphrase")
+            daemon.reload()         # or a minute later by itself
+            daemon.until(lambda: site.get("/readyz")[0] == 200, "unlocked")
+            assert daemon.stop() == 0
     await asyncio.to_thread(run)
 
 
