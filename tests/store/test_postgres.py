@@ -15,6 +15,7 @@ from urllib.parse import quote
 
 import asyncpg
 import pytest
+from sqlalchemy import text
 
 from lab.postgres import PASSWORD, Postgres
 from lab.servers import Lab
@@ -23,7 +24,7 @@ from malote.database_url import parse_url
 from malote.errors import ConfigError, StoreUnavailable
 from malote.store import Outcome, OutcomeEntry, PostgresPlace, SendIntent, SendState, Store, cards
 from malote.store.database import Db
-from malote.store.schema import CURRENT
+from malote.store.schema import CURRENT, Statement
 
 BOB, CAROL = "bob@b.example", "carol@c.example"
 TAKEN = {BOB: (Outcome.ACCEPTED, "250 2.0.0 queued")}
@@ -133,6 +134,77 @@ async def test_a_deadlock_is_tried_again(open_store: Open) -> None:
         return write
     for _ in range(5):
         await asyncio.gather(one._writer.write(both("x", "y")), two._writer.write(both("y", "x")))
+
+
+async def test_what_a_message_costs_on_the_way_to_the_server(
+    store: Store, intent: Make, now_ms: int, monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Each message to the server and back is paid by all mail that waits: one for the numbers of a message however many
+    recipients it has, and a handful for the outcomes of all that were sent."""
+    await store.begin_send(intent(BOB, content=b"makes the numbering"))
+    sent: list[str] = []
+    for name in ("execute", "executemany", "fetch", "fetchmany"):
+        def counted(self: asyncpg.Connection, command: str, *values: object, _real: object = getattr(asyncpg.Connection, name),
+                    **more: object) -> object:
+            sent.append(command)
+            return _real(self, command, *values, **more)    # type: ignore[operator]
+        monkeypatch.setattr(asyncpg.Connection, name, counted)
+    people = [f"{number}@b.example" for number in range(200)]
+    await store.begin_send(intent(*people))
+    assert len(sent) == 3, "BEGIN, the numbers, COMMIT"
+    sent.clear()
+    plans = await asyncio.gather(*(store.begin_send(intent(BOB, content=b"%d" % number)) for number in range(50)))
+    assert len(sent) <= 50 + 4, "two commits at most"
+    sent.clear()
+    for plan in plans:
+        store.finish_send_later(plan, TAKEN, now_ms)
+        store.remember_outer_id("<a@a.example>", "<b@a.example>", now_ms)
+        store.forget_send(plan)
+    await store.flush()
+    assert len(sent) <= 6
+    assert (await store.begin_send(intent(BOB, content=b"7"))).row(BOB).state is SendState.NEW, "forgotten"
+    sent.clear()
+    await store.begin_send(intent(*people))     # a retry
+    assert len(sent) <= 8
+
+
+async def test_what_is_put_off_stays_in_its_order(store: Store, intent: Make, now_ms: int) -> None:
+    """Of one message: taken, forgotten, and begun anew as another; and a fault of one operation is not another's."""
+    send = intent(BOB)
+    for number in range(3):
+        plan = await store.begin_send(send)
+        assert (plan.row(BOB).state, plan.row(BOB).serial) == (SendState.NEW, number + 1)
+        store.forget_send(plan)         # in doubt: it stays
+        store.finish_send_later(plan, TAKEN, now_ms)
+        assert (await store.begin_send(send)).row(BOB).state is SendState.ACCEPTED
+        store.forget_send(plan)
+
+    def faulty(db: Db) -> None:
+        db.many(Statement(text("INSERT INTO meta (name, value) VALUES (:name, :value)")), [{"name": "x", "value": "text"}] * 2)
+    plan = await store.begin_send(send)
+    results = await asyncio.gather(store._writer.write(faulty), store.finish_send(plan, TAKEN, now_ms),
+                                   store.begin_send(intent(BOB, content=b"other")), return_exceptions=True)
+    assert isinstance(results[0], Exception)
+    assert not any(isinstance(result, Exception) for result in results[1:])
+    assert (await store.begin_send(send)).row(BOB).state is SendState.ACCEPTED
+
+
+async def test_no_update_is_lost_between_nodes(open_store: Open, intent: Make, now_ms: int) -> None:
+    """READ COMMITTED: what one node has read may be old when it writes. Many messages to one person from three nodes that number
+    alike: no number twice, none missing, the last one accepted is the one before the next."""
+    nodes = [await open_store() for _ in range(3)]
+    for node in nodes:
+        await node.flush()
+        node._writer._db.slot = 0       # type: ignore[attr-defined] -- as if all had the numbering of one
+    plans = [plan for number in range(0, 90, 3) for plan in await asyncio.gather(*(
+        node.begin_send(intent(BOB, CAROL, content=b"%d" % (number + at))) for at, node in enumerate(nodes)))]
+    for address in (BOB, CAROL):
+        assert sorted(plan.row(address).serial for plan in plans) == list(range(1, 91))
+    assert len({plan.sent_at_ms for plan in plans}) == 90
+    await asyncio.gather(*(nodes[at % 3].finish_send(plan, TAKEN, now_ms) for at, plan in enumerate(plans)))
+    after = await nodes[0].begin_send(intent(BOB, CAROL, content=b"after"))
+    assert (after.row(BOB).serial, after.row(BOB).prev) == (91, 90)
+    assert (after.row(CAROL).serial, after.row(CAROL).prev) == (91, 0)
 
 
 async def test_nodes_tell_their_watchers_apart(postgres_url: str) -> None:
@@ -329,7 +401,7 @@ async def test_a_failover_under_open_stores(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """The same for nodes that go on running, with a replica that lacked the last commits when it was promoted: 451 meanwhile,
-    then new numberings; no repeat is fresh; what they had to themselves is not taken for granted; and no row of a message that was
+    then new numberings; no repeat is fresh; what they had to themselves is not taken for granted; no row of a message that was
     lost is mixed up with one of a new message."""
     name = own_server.new_database()
     hosts = ",".join(f"{quote(str(server.root), safe='')}:{server.port}" for server in (own_server, standby))

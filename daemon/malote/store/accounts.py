@@ -88,7 +88,7 @@ def recent_outcomes(db: Db, limit: int) -> list[OutcomeEntry]:
 
 
 def remember_message(db: Db, inner_mark: bytes, outer: str, participants: bytes | None, now_ms: int) -> None:
-    db.run(_PUT_OUTER, {"inner_mark": inner_mark, "outer_id": outer, "at_ms": now_ms, "participants": participants})
+    db.many(_PUT_OUTER, [{"inner_mark": inner_mark, "outer_id": outer, "at_ms": now_ms, "participants": participants}])
 
 
 def known_messages(db: Db, marks: dict[str, bytes]) -> dict[str, tuple[str, bytes | None]]:

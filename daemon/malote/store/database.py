@@ -32,6 +32,7 @@ class Db(ABC):
     __slots__ = ()
 
     slot = 0        # which numbering of an identity is used: of several processes on one database each has its own
+    distant = False     # each statement is a message to a server and its answer: few large ones are better than many
 
     @abstractmethod
     def rows(self, statement: Statement, values: dict[str, Any]) -> list[Row]: ...
@@ -42,11 +43,11 @@ class Db(ABC):
 
     @abstractmethod
     def many(self, statement: Statement, values: Sequence[dict[str, Any]]) -> None:
-        """Execute once for each."""
+        """Execute once for each, at the latest when something else is asked, or at the end of the operations."""
 
     @abstractmethod
     def each(self, statement: Statement, values: Sequence[dict[str, Any]]) -> list[Row | None]:
-        """Execute once for each; the one row that each gives back, or None."""
+        """Execute once for each; the one row that each gives back, or, anywhere in the list, None for each that gives none."""
 
     @abstractmethod
     def now_ms(self) -> int:

@@ -18,6 +18,7 @@ from sqlalchemy.dialects.postgresql import insert
 from malote.errors import ClockWrong, Contended
 from malote.store import members
 from malote.store.database import Db, Row
+from malote.store.postgres_statements import begin_new
 from malote.store.records import Outcome, SendIntent, SendPlan, SendRecipient, SendRow, SendState
 from malote.store.schema import Statement, device, journal, serial
 
@@ -96,6 +97,8 @@ def begin_send(db: Db, intent: SendIntent, owner: bytes = b"", tenure: members.T
     key = journal_key(intent)
     if intent.now_ms < BUILD_DATE_MS:
         raise ClockWrong("the clock of this machine is before this version was made")
+    if db.distant and (plan := _begin_new(db, intent, key, owner, tenure)) is not None:
+        return plan
     known: dict[str, Row] = {row[0]: row for row in db.rows(_FIND, {"key": key})}
     if owner and members.any_alive(db, _at_it(known.values(), owner, intent.now_ms)):
         return None
@@ -119,6 +122,32 @@ def begin_send(db: Db, intent: SendIntent, owner: bytes = b"", tenure: members.T
     return SendPlan(key, submission_id, first_at_ms, sent_at_ms, tuple(rows), tenure=tenure)
 
 
+def _begin_new(db: Db, intent: SendIntent, key: bytes, owner: bytes, tenure: members.Tenure | None) -> SendPlan | None:
+    """None: there is something to be considered, and nothing was done."""
+    addresses = list(dict.fromkeys(recipient.address for recipient in intent.recipients))
+    if not addresses or not all(recipient.sealed for recipient in intent.recipients):
+        return None
+    submission_id = os.urandom(16)
+    given = begin_new(db, {
+        "sender": intent.sender, "skid": intent.skid, "slot": db.slot, "now_ms": intent.now_ms, "key": key,
+        "owner": owner or None, "recipients": addresses, "state": int(SendState.IN_DOUBT), "submission_id": submission_id})
+    if not given:
+        return None
+    if not all(address in given and given[address].written for address in addresses):
+        raise Contended("the same message is being sent by another process")
+    first = given[addresses[0]]
+    _check_clock(intent.now_ms, first.sent_at_ms)
+    rows = tuple(SendRow(address, SendState.NEW, True, first.stream, given[address].serial, given[address].prev, "", 1)
+                 for address in addresses)
+    return SendPlan(key, submission_id, intent.now_ms, first.sent_at_ms, rows, tenure=tenure)
+
+
+def _check_clock(now_ms: int, sent_at_ms: int) -> None:
+    """Raises `ClockWrong`; then nothing of this is committed."""
+    if now_ms < sent_at_ms - 1 - DAY_MS:
+        raise ClockWrong("the clock of this machine is more than a day before the last message that it signed")
+
+
 def _at_it(rows: Iterable[Row], owner: bytes, now_ms: int) -> set[bytes]:
     """The others that, if they are alive, are sending it, or have just answered and not yet heard whether that was read."""
     return {row[9] for row in rows if row[9] is not None and row[9] != owner
@@ -135,8 +164,7 @@ def _stamp(db: Db, intent: SendIntent) -> tuple[bytes, int]:
         found = db.row(_SENT, at)
     assert found is not None    # noqa: S101 -- inserted above or by another process
     stream, sent_at_ms = found
-    if intent.now_ms < sent_at_ms - 1 - DAY_MS:     # then nothing of this is committed
-        raise ClockWrong("the clock of this machine is more than a day before the last message that it signed")
+    _check_clock(intent.now_ms, sent_at_ms)
     return stream, sent_at_ms
 
 

@@ -10,6 +10,7 @@ import asyncio
 import ssl
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
 import asyncpg
@@ -123,20 +124,33 @@ async def take_slot(connection: asyncpg.Connection) -> int:
     return int(slot)
 
 
+@dataclass(slots=True)
+class PutOff:
+    """One statement, with the values of all operations that wrote with it; and which rows of the journal it changes."""
+
+    statement: Statement
+    values: list[dict[str, Any]]
+    changed: set[bytes]
+
+
 class PostgresDb(Db):
     """A transaction on PostgreSQL, for functions that run in `sqlalchemy.util.greenlet_spawn`."""
 
-    __slots__ = ("_connection", "slot")
+    __slots__ = ("_connection", "_put_off", "slot")
+    distant = True
 
     def __init__(self, connection: asyncpg.Connection, slot: int) -> None:
         self._connection = connection
         self.slot = slot
+        self._put_off: list[PutOff] = []
 
     def rows(self, statement: Statement, values: dict[str, Any]) -> list[Row]:
+        self.flush()
         command, names = statement.numbered
         return [tuple(row) for row in await_only(self._connection.fetch(command, *_arguments(names, values)))]
 
     def run(self, statement: Statement, values: dict[str, Any]) -> int:
+        self.flush()
         command, names = statement.numbered
         # the server's answer is "UPDATE 1" or "INSERT 0 1"; fetch keeps the statement prepared, and execute with values as well
         status: str = await_only(self._connection.execute(command, *_arguments(names, values)))
@@ -144,19 +158,49 @@ class PostgresDb(Db):
         return int(count) if count.isdigit() else 0
 
     def many(self, statement: Statement, values: Sequence[dict[str, Any]]) -> None:
-        if len(values) > 1:
-            command, names = statement.numbered
-            await_only(self._connection.executemany(command, [_arguments(names, one) for one in values]))
-        elif values:
-            self.run(statement, values[0])
+        """Put off: what all operations of a transaction write with one statement goes to the server in one message. Two that
+        change the same row (`at_key`) stay in their order."""
+        if not values:
+            return
+        changed = {one["at_key"] for one in values if "at_key" in one}
+        for group in reversed(self._put_off):
+            if group.statement is statement:
+                group.values += values
+                group.changed |= changed
+                return
+            if not changed.isdisjoint(group.changed):
+                break
+        self._put_off.append(PutOff(statement, list(values), changed))
+
+    def flush(self) -> None:
+        """Do what was put off."""
+        put_off, self._put_off = self._put_off, []
+        for group in put_off:
+            command, names = group.statement.numbered
+            arguments = [_arguments(names, one) for one in group.values]
+            if len(arguments) == 1:
+                await_only(self._connection.execute(command, *arguments[0]))
+            else:
+                await_only(self._connection.executemany(command, arguments))
+
+    def forget(self) -> None:
+        """What was put off in a transaction that came to nothing."""
+        self._put_off.clear()
 
     def each(self, statement: Statement, values: Sequence[dict[str, Any]]) -> list[Row | None]:
-        return [self.row(statement, one) for one in values]
+        if len(values) < 2:
+            return [self.row(statement, one) for one in values]
+        self.flush()
+        command, names = statement.numbered
+        found = await_only(self._connection.fetchmany(command, [_arguments(names, one) for one in values]))
+        return [*(tuple(row) for row in found), *(None for _ in range(len(values) - len(found)))]
 
     def now_ms(self) -> int:
+        self.flush()
         return int(await_only(self._connection.fetchval("SELECT (extract(epoch FROM clock_timestamp()) * 1000)::bigint")))
 
     def lock(self, name: str) -> None:
+        self.flush()
         await_only(self._connection.fetchval("SELECT pg_advisory_xact_lock($1::int, hashtext($2))", LOCKS, name))
 
     def claim(self, name: str) -> bool:
@@ -165,6 +209,7 @@ class PostgresDb(Db):
 
     def command(self, command: str) -> str:
         """One without values, as SAVEPOINT; its status."""
+        self.flush()
         status: str = await_only(self._connection.execute(command))
         return status
 
@@ -175,6 +220,8 @@ def _arguments(names: Sequence[tuple[str, Any]], values: dict[str, Any]) -> list
         value = values[name] if constant is None or name in values else constant
         if type(value) is str and ("\0" in value or not value.isascii()):
             value = storable(value)
+        elif type(value) is list:
+            value = [storable(one) for one in value]
         found.append(value)
     return found
 

@@ -176,6 +176,7 @@ class PostgresWriter:
         if not write:
             await greenlet_spawn(self._read, jobs, db)
             return True
+        db.forget()
         await connection.execute("BEGIN")
         if not await greenlet_spawn(self._write, jobs, db, apart):
             await connection.execute("ROLLBACK")
@@ -203,7 +204,14 @@ class PostgresWriter:
                 if not apart:
                     return False
                 job.error = error
+                db.forget()
                 db.command("ROLLBACK TO SAVEPOINT one")
+        try:
+            db.flush()
+        except Exception as error:
+            if is_contention(error) or is_outage(error, self._connection):
+                raise
+            return False        # of one of them: all again, each with a savepoint
         return True
 
     def _read(self, jobs: list[Job], db: PostgresDb) -> None:

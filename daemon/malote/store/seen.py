@@ -54,9 +54,6 @@ _DISTRUST_MORE = Statement(insert(distrust).values(
 ).on_conflict_do_update(index_elements=["recipient", "sender"], set_={"before_ms": bindparam("before_ms")},
                         where=distrust.c.before_ms < bindparam("before_ms")))
 
-_SKIPPED = 1_000_000    # more than a replica can lag behind
-_ROW_IDS = func.pg_get_serial_sequence("seen", "row_id")
-_SKIP = Statement(select(func.setval(_ROW_IDS, func.nextval(_ROW_IDS) + _SKIPPED)))
 _ATTEMPTS = 5   # each clash means that another writer made progress, and its row is then found
 
 
@@ -95,12 +92,6 @@ def remembered(db: Db, recipient: str, payload_digest: bytes) -> SeenRow | None:
 
 def mark_delivered(db: Db, row_id: int) -> None:
     db.run(_DELIVERED, {"at_row": row_id})
-
-
-def skip_rows(db: Db) -> None:
-    """After a failover of PostgreSQL: row ids of judgements that were lost with the old server are given to no new message, since
-    their deliveries may end only now (`mark_delivered`)."""
-    db.rows(_SKIP, {})
 
 
 def add_distrust(db: Db, before_ms: int, recipient: str, sender: str) -> None:

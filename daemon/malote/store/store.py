@@ -21,6 +21,7 @@ from malote.store.database import Db, Reader, check_place, make_engine, unavaila
 from malote.store.held import Held
 from malote.store.migrate import bring_up_to_date, check_current, check_version
 from malote.store.places import PostgresPlace, database_place
+from malote.store.postgres_statements import skip_rows
 from malote.store.records import (
     Attempt,
     CardRecord,
@@ -539,7 +540,7 @@ def _greet(db: Db, server: bytes) -> None:
                     "mail sent before now is not called fresh")
         outbox.renew_streams(db)
         seen.add_distrust(db, time.time_ns() // 1_000_000, "", "")
-        seen.skip_rows(db)
+        skip_rows(db)
 
 
 _VERSION = Statement(select(column("version_num")).select_from(table("alembic_version")))
