@@ -52,6 +52,7 @@ class House:
     store: Store = field(init=False)
     connections: Connections = field(init=False)
     turns: Turns = field(init=False)
+    passage: Passage = field(init=False)
 
     def config(self) -> OpeningConfig:
         upstream = UpstreamConfig(host=HOST, port=self.next_hop, protocol=self.next_protocol,     # type: ignore[arg-type]
@@ -67,10 +68,10 @@ class House:
         config = self.config()
         upstream = Upstream(config.upstream)
         self.turns = Turns(self.store, clock=self.clock, at_most_ms=round(self.seconds * 1000))
-        passage = Passage(config, store=self.store, identities=lambda: self.identities, turns=self.turns, passed=Memory(),
-                          device=device_name(await self.store.local_key("device")), host=self.name, seconds=self.seconds,
-                          log_addresses=False, clock=self.clock)
-        gateway = Gateway(config, upstream=upstream, passage=passage, host=self.name, clock=self.clock)
+        self.passage = Passage(config, store=self.store, identities=lambda: self.identities, turns=self.turns, passed=Memory(),
+                               device=device_name(await self.store.local_key("device")), host=self.name, seconds=self.seconds,
+                               log_addresses=False, clock=self.clock)
+        gateway = Gateway(config, upstream=upstream, passage=self.passage, host=self.name, clock=self.clock)
         self.connections = Connections(100)
         listener = Listener(server_settings(config.listener, LimitsConfig(), self.name), gateway, self.connections,
                             MemoryBudget(512 << 20), self.protocol == "lmtp")

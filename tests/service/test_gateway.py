@@ -10,11 +10,12 @@ import sys
 import time
 from collections.abc import Callable
 from email import message_from_bytes
+from pathlib import Path
 
 import pytest
 
 from lab import killed
-from lab.daemon import Daemon, Home, free_port
+from lab.daemon import Daemon, Home, account, free_port
 from lab.gateway import Lmtp, codes
 from lab.incoming import Sender, note, verdicts
 from lab.servers import HOST, Dovecot, Lab, Postfix
@@ -140,6 +141,40 @@ def test_between_two_postfix_by_smtp(home: Home, lab: Lab, dovecot: Dovecot, use
         assert verdicts([message_from_bytes(each) for each in messages]) == ["FRESH"]
         assert user in " ".join(str(message_from_bytes(messages[0])["Malote-Verdict"]).split())
         assert messages[0].endswith(original.replace(b"\r\n", b"\n"))
+
+
+def test_a_watcher_behind_the_gateway_believes_it_once(home: Home, lab: Lab, dovecot: Dovecot, users: Callable[[], str],
+                                                       tmp_path: Path) -> None:
+    """Postfix, gateway, Dovecot, and the watcher of a person who has the gateway's key for her mailbox and no other. What was
+    recorded and is brought in past the gateway is no fresh mail."""
+    anna, port = users(), free_port()
+    gateway(home, port, dovecot.lmtp_port)
+    sender = make_keys(home, "@test.example")
+    phone = Home(tmp_path / "phone")
+    done = home.malote("gateway", "export", anna, "-o", str(phone.root / "gateway.key"))
+    assert done.returncode == 0, done.stderr
+    assert (phone.root / "gateway.key").stat().st_mode & 0o777 == 0o600
+    assert home.malote("gateway", "export", anna, "-o", str(phone.root / "gateway.key")).returncode == 2     # never written over
+    more = f'deliver = "replace"\ntrusted_gateways = ["{phone.root}/gateway.key"]'
+    phone.configure("[outgoing]\nenabled = false\n" + account(anna, dovecot.imaps_port, lab.certificate, phone, more=more))
+    front, past = lab.postfix(f"lmtp:inet:{HOST}:{port}"), lab.postfix(dovecot.lmtp_hop)
+    original = note(to=anna)
+    with home.daemon() as daemon, phone.daemon() as watching:
+        hand_in(front, sealed(home, sender, original, anna, key_of="@test.example"), anna)
+        watching.wait_for_log('"outcome": "opened by gateway"')
+        [opened] = wait_for(dovecot, anna, 1, daemon)
+        recorded = opened.replace(b"\n", b"\r\n")
+        hand_in(past, recorded, anna)
+        hand_in(past, b"Subject: another\r\n" + recorded, anna)
+        watching.wait_for_log('"verdict": "DUPLICATE"')
+        watching.wait_for_log('"verdict": "FORGED"')
+    for server in (front, past):
+        server.stop()
+    assert [raw.replace(b"\r\n", b"\n") for raw in dovecot.messages(anna)] == [opened]
+    assert verdicts([message_from_bytes(opened)]) == ["FRESH"]
+    assert opened.endswith(original.replace(b"\r\n", b"\n"))
+    key = (phone.root / "gateway.key").read_text().split()[-1]
+    assert key not in daemon.text() + watching.text()
 
 
 @pytest.mark.long

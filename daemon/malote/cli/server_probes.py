@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Iterator, MutableMapping, Sequence
 
 from malote.cli.findings import Finding, Findings, State, fault, ok, warning
 from malote.cli.probes import check_maildir
 from malote.config import AccountConfig, Config, OpeningConfig, Security
-from malote.credentials import account_password, upstream_credentials
+from malote.credentials import account_password, trusted_gateways, upstream_credentials
 from malote.errors import MailboxError, MaloteError, SecretUnavailable
+from malote.incoming.account import account_addresses
 from malote.incoming.mailbox import Folder, Mailbox, Quota
 from malote.smtp.relay import Upstream, UpstreamConnection
 from malote.smtp.sasl import login
@@ -104,6 +105,8 @@ async def account_probe(account: AccountConfig, newest: MutableMapping[str, int]
     try:
         how = "without TLS, on this machine" if account.security is Security.NONE else "TLS, certificate verified"
         yield ok(what, f"reached {account.host}:{account.port}, {how}; logged in")
+        for finding in _trusted(what, account):
+            yield finding
         yield _abilities(what, box)
         async for finding in _folders(what, account, box, newest):
             yield finding
@@ -111,6 +114,21 @@ async def account_probe(account: AccountConfig, newest: MutableMapping[str, int]
         yield fault(what, error, "ask the mail provider; the account's log there says more")
     finally:
         await box.logout()
+
+
+def _trusted(what: str, account: AccountConfig) -> Iterator[Finding]:
+    if not account.trusted_gateways:
+        return
+    try:
+        keys = trusted_gateways(account)
+    except SecretUnavailable as error:
+        yield fault(f"{what}: trusted gateways", error)
+        return
+    own = account_addresses(account)
+    if any(key.of(address) is not None for key in keys for address in own):
+        yield ok(f"{what}: trusted gateways", f"{len(keys)} keys, for {', '.join(key.holder for key in keys)}")
+    else:
+        yield warning(f"{what}: trusted gateways", "none of the keys is for an address of this account: nothing is believed")
 
 
 def _secret(what: str, error: SecretUnavailable, account: AccountConfig) -> Finding:

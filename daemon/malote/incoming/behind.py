@@ -63,18 +63,19 @@ class Behind:
         claim = claim_of(letter, self._account.name)
         if not word.proven:         # by a key that is trusted no more: what was proven once stays
             row = await self._store.remembered(self._account.name, claim.payload_key)
-            return "" if row is not None and self._is_believed(letter, row.verdict, 0) else "FORGED"
+            kept = row is not None and row.verdict is not Verdict.CONFLICT and self._is_believed(letter, row.verdict, 0)
+            return "" if kept else "FORGED"
         if word.verdict in QUARANTINED:
             return str(word.verdict)
-        first_ms = await self._first_look()
+        first_ms = await self.first_look()
         stored = await self._store.record_foreign(claim, Arrival(self._clock(), letter.fetched.internal_date_ms), self._limits)
         verdict = stored.judgement.verdict
-        if verdict is Verdict.CONFLICT:
-            return str(Verdict.DUPLICATE)
         if verdict is Verdict.DUPLICATE and stored.judgement.first is not None:
             verdict = stored.judgement.first.verdict
             if claim.payload_key in known or (at_work and await self._is_beside(session, folder, letter)):
                 return str(Verdict.DUPLICATE)
+        if verdict is Verdict.CONFLICT:     # now, or when these bytes were here before: another copy came first
+            return str(Verdict.DUPLICATE)
         known.add(claim.payload_key)
         if not self._is_believed(letter, verdict, first_ms):
             return str(verdict if verdict is not Verdict.FRESH else Verdict.UNVERIFIABLE)
@@ -89,7 +90,7 @@ class Behind:
             return True
         return abs(letter.fetched.internal_date_ms - word.opened_ms) <= self._limits.skew_ms
 
-    async def _first_look(self) -> int:
+    async def first_look(self) -> int:
         """When this account was first asked about such mail: what was opened before may have been here, and deleted."""
         if not self._first_ms:
             known = await self._store.folder_state(self._account.name, FIRST_LOOK)

@@ -149,7 +149,9 @@ class Receiver:
         await self._forget_attempts(place, [uid for uid in gathered.asked if uid not in kept])
 
     async def catch_up(self, session: Session) -> None:
-        """Record what other devices have opened."""
+        """Record what other devices have opened, and when we began to watch behind a gateway."""
+        if self._keys.trusted:
+            await self._behind.first_look()
         for letter in await self._foreign.record(session, (self._folders.sealed, self._folders.quarantine)):
             if letter.unsealed is not None:
                 self._contests.open(self._keys.mark(letter.unsealed.payload_digest, self._device).message, self._clock())
