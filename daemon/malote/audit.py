@@ -42,6 +42,7 @@ from malote.core.audit import (
     torn_members,
 )
 from malote.errors import AuditUnavailable, ConfigError, FormatError
+from malote.private_files import sync_directory
 
 MAX_WAITING = 100_000       # lines kept while the file cannot be written; then they are counted and dropped
 RETRY_SECONDS = 1.0         # until the next attempt after one that failed
@@ -372,14 +373,6 @@ def _tail(file: BinaryIO, size: int) -> tuple[bytes | None, bytes]:
             parse_line(line)
             return line, fragment
     return None, fragment
-
-
-def sync_directory(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def head_path(path: Path) -> Path:

@@ -20,10 +20,9 @@ from malote.logs import configure_logs, hook_uncaught
 from malote.outgoing.memory import return_large_blocks
 from malote.service import Service, check_config, listeners_of, load_checked
 from malote.store import Store, configured_place
+from malote.store.migrate import RUN_LOCK
 from malote.supervisor import Post, Supervisor
 from malote.watching import check_accounts
-
-LOCK_NAME = "run.lock"
 
 # How long a thread may keep the loop waiting for the interpreter; Python's 5 ms is three messages' work. Measured with sealing
 # at full load: 5 % more messages.
@@ -34,7 +33,7 @@ async def serve(config: Config, config_path: Path | None, store_path: Path, pass
     """The whole life of the daemon. Raises `MaloteError` if it cannot start."""
     store = await Store.open(configured_place(config.store, store_path))
     try:
-        lock = _only_one(store_path / LOCK_NAME)
+        lock = _only_one(store_path / RUN_LOCK)
     except BaseException:
         await store.close()
         raise
@@ -83,7 +82,7 @@ def supervise(config: Config, config_path: Path | None, store_path: Path, passph
     async def begin() -> tuple[int, Keyring, Callable[[], bytes]]:
         store = await Store.open(configured_place(config.store, store_path))
         try:
-            lock = _only_one(store_path / LOCK_NAME)
+            lock = _only_one(store_path / RUN_LOCK)
             await store.bury_node()
             keyring = Keyring(store, passphrase, ask_once=config.keys.unlock == "prompt")
             await keyring.refresh()

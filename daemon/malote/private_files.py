@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import os
+import signal
 import stat
 from collections.abc import Sequence
 from pathlib import Path
@@ -44,16 +45,27 @@ def read_credential(name: str, *, error: type[MaloteError] = SecretUnavailable) 
 
 
 def write_private_file(path: Path, data: bytes) -> None:
-    """A new file for its owner alone, on the disk when this returns. Raises `OSError`; then there is nothing of it."""
+    """A new file for its owner alone, on the disk with its name when this returns. Raises `OSError`; then there is nothing of
+    it."""
     handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
+        sync_directory(path.parent)
     except BaseException:       # half of it would be taken for the whole, and be in the way of the next attempt
         path.unlink(missing_ok=True)
         raise
+
+
+def sync_directory(directory: Path) -> None:
+    """So that names made there survive a power cut. Raises `OSError`."""
+    handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _read(path: Path, error: type[MaloteError]) -> tuple[bytes, os.stat_result]:
@@ -81,7 +93,8 @@ async def run_token_command(command: Sequence[str], *, seconds: float = TOKEN_SE
     dropped, since it may hold the token. Raises `SecretUnavailable`."""
     try:
         process = await asyncio.create_subprocess_exec(
-            *command, stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL)
+            *command, stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL,
+            start_new_session=True)
     except OSError as error:
         raise SecretUnavailable(f"token_command cannot be started ({error.strerror})") from error
     output = b""
@@ -96,7 +109,7 @@ async def run_token_command(command: Sequence[str], *, seconds: float = TOKEN_SE
     finally:
         if process.returncode is None:
             with contextlib.suppress(ProcessLookupError):
-                process.kill()
+                os.killpg(process.pid, signal.SIGKILL)      # and what it started, which would hold the pipe open
             await process.wait()
     if process.returncode != 0 or len(output) > MAX_TOKEN_BYTES:
         raise SecretUnavailable(f"token_command failed (exit code {process.returncode})")

@@ -15,8 +15,9 @@ from lab.daemon import Home, account, free_port, listener, rule, upstream
 from lab.servers import HOST, PASSWORD, Dovecot, Lab, Postfix, make_certificate
 from malote.audit import AuditLog, head_path
 from malote.cli import probes
-from malote.cli.findings import State
+from malote.cli.findings import Findings, State
 from malote.cli.keystore import describe, now_ms
+from malote.cli.main import main
 from malote.cli.oversight_probes import audit_probe
 from malote.config import AuditConfig
 from malote.core.identity import new_identity
@@ -271,3 +272,21 @@ def test_metrics_ports_and_directories_that_are_not_ours(home: Home, lab: Lab, p
     found = faults(findings)
     assert found[f"metrics 127.0.0.1:{port}"] == "another program listens there"
     assert "no directory" in found["audit log"]
+
+
+def test_a_fault_of_a_probe_hides_neither_the_others_nor_itself(
+    home: Home, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Everything is tried, whatever failed before; what an unexpected exception says may be private and stays unsaid."""
+    async def broken(*_: object) -> Findings:
+        raise RuntimeError("hunter2")
+        yield
+
+    monkeypatch.setattr("malote.cli.check.crypto_probe", broken)
+    home.configure(listener(free_port()) + upstream(1, None))
+    assert main(["--config", str(home.config), "check", "--json"]) == ExitCode.CHECK
+    said = capsys.readouterr()
+    findings = [json.loads(line) for line in said.out.splitlines()]
+    assert [found["text"] for found in findings if found["what"] == "cryptography"] == ["could not be tried: RuntimeError"]
+    assert "clock" in {found["what"] for found in findings}
+    assert "hunter2" not in said.out + said.err

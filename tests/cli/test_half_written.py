@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import stat
 from collections.abc import Iterator
@@ -11,12 +12,13 @@ from pathlib import Path
 import click
 import pytest
 
-from malote.cli import backup, init, seal
+from malote.cli import backup, init, keystore, seal
 from malote.cli.main import main
 from malote.cli.probes import check_maildir, listener_probe
 from malote.config import ListenerConfig
-from malote.errors import ConfigError
+from malote.errors import ConfigError, StoreUnavailable
 from malote.outgoing.offline import SealedCopy
+from malote.private_files import write_private_file
 
 
 @contextmanager
@@ -38,6 +40,31 @@ def test_half_a_backup_is_no_backup(tmp_path: Path) -> None:
     backup._write_private(file, b"whole")
     assert file.read_bytes() == b"whole"
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
+
+
+def test_the_name_of_a_new_file_is_on_the_disk_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a power cut a file whose directory was not synced may be gone: "wrote backup" would not have been true."""
+    synced: list[bool] = []
+    fsync = os.fsync
+
+    def note(handle: int) -> None:
+        synced.append(stat.S_ISDIR(os.fstat(handle).st_mode))
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", note)
+    write_private_file(tmp_path / "backup", b"whole")
+    assert synced == [False, True]
+
+
+def test_locks_that_have_no_place(tmp_path: Path) -> None:
+    """The directory of a node whose store is in a database may be missing, or somebody else's: no internal error."""
+    (tmp_path / "file").touch()
+    with pytest.raises(StoreUnavailable, match="cannot be used") as caught, keystore._one_at_a_time(tmp_path / "file"):
+        pass
+    assert "store.path" in caught.value.hint
+    with keystore._one_at_a_time(tmp_path / "new"), \
+            pytest.raises(StoreUnavailable, match="at work"), keystore._one_at_a_time(tmp_path / "new"):
+        pass
 
 
 def test_half_a_sealed_copy_is_named_and_removed(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import base64
 import ssl
 import sys
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -199,6 +200,25 @@ async def test_tokens_come_from_a_command(auth: str, inline: bool) -> None:
     else:
         assert said.startswith(b"n,a=a=3Dn=2Cna,\1host=127.0.0.1\1port=")
         assert said.endswith(b"\1auth=Bearer tok.$HOME==\1\1")
+
+
+def is_running(pid: str) -> bool:
+    """It may have ended and wait for its new parent to take notice."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+async def test_a_token_helper_that_hangs_is_ended_with_what_it_started(tmp_path: Path) -> None:
+    """What it started holds its output open: the wait for the end of that would have no end."""
+    started = tmp_path / "pid"
+    with pytest.raises(SecretUnavailable, match="did not end"):
+        async with asyncio.timeout(30):
+            await run_token_command(("sh", "-c", f"sleep 600 & echo $! > {started}; sleep 600"), seconds=0.5)
+    pid = started.read_text().strip() if started.exists() else ""       # "": it was ended before it could start anything
+    while pid and is_running(pid):
+        await asyncio.sleep(0.02)
 
 
 @pytest.mark.parametrize("auth", ["xoauth2", "oauthbearer"])

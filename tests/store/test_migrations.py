@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import logging
 import sqlite3
 import stat
@@ -88,6 +89,22 @@ async def test_a_copy_is_kept_before_migrating(tmp_path: Path, monkeypatch: pyte
     assert raw.execute("SELECT value FROM secret WHERE name = 'mine'").fetchone() == (key,)
     raw.close()
     assert not list(directory.glob("*.copying"))
+
+
+async def test_no_migration_under_a_daemon_that_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A command of the new version must not change the tables under a daemon of the old one, which goes on with what it knows."""
+    directory = tmp_path / "store"
+    await (await Store.open(directory)).close()
+    with (directory / migrate.RUN_LOCK).open("w") as running, monkeypatch.context() as patch:
+        fcntl.flock(running, fcntl.LOCK_EX)
+        patch.setattr(migrate, "CURRENT", "0099")
+        patch.setattr(migrate, "REVISIONS", (*schema.REVISIONS, "0099"))
+        patch.setattr(migrate, "upgrade", lambda connection: connection.exec_driver_sql(
+            "UPDATE alembic_version SET version_num = '0099'"))
+        with pytest.raises(StoreUnavailable, match="another malote has it open"):
+            await Store.open(directory)
+        fcntl.flock(running, fcntl.LOCK_UN)
+        await (await Store.open(directory)).close()
 
 
 async def test_a_migration_that_fails_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

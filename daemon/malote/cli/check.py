@@ -79,6 +79,9 @@ async def _check_all(config: Config, place: Path | PostgresPlace, say: Say) -> b
             except MaloteError as problem:      # of this thing; the others are tried all the same
                 say(fault(title, problem, "malote log and the log of the service may say more"))
                 bad = True
+            except Exception as problem:    # noqa: BLE001 -- as above; its text may quote what it should not
+                say(Finding(title, State.FAULT, f"could not be tried: {type(problem).__name__}", "please report it"))
+                bad = True
     finally:
         if store is not None:
             await store.close()

@@ -67,14 +67,18 @@ _BUSY, _AGAIN = "another malote keys command is at work on this store, nothing w
 @contextmanager
 def _one_at_a_time(directory: Path) -> Iterator[None]:
     """Commands read, ask and then write; two of them at once could each make a keyring, and lock the other's keys out."""
-    if is_missing(directory):       # the store is in a database
-        directory.mkdir(mode=0o700, parents=True)
-    handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)        # the store may be in a database
+        handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as error:
+        raise StoreUnavailable(f"{directory}: cannot be used ({error.strerror})",
+                               hint="it holds the locks of this machine; store.path names it") from error
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise StoreUnavailable(_BUSY, hint=_AGAIN) from error
         yield
-    except BlockingIOError as error:
-        raise StoreUnavailable(_BUSY, hint=_AGAIN) from error
     finally:
         os.close(handle)
 

@@ -19,8 +19,9 @@ from malote.database_url import parse_url
 from malote.errors import StoreUnavailable
 from malote.store import PostgresPlace
 from malote.store.copying import Place, copy_store
+from malote.store.migrate import RUN_LOCK
 
-LOCKS = ("run.lock", "")        # the daemon's, and that of `malote keys`, which is the directory itself
+LOCKS = (RUN_LOCK, "")        # the daemon's, and that of `malote keys`, which is the directory itself
 
 
 @click.group(short_help="Move the store to another database.")

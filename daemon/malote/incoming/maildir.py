@@ -13,6 +13,7 @@ from malote.incoming.arbiter import Copy
 from malote.incoming.delivery import Failure, Parcel
 from malote.incoming.mailbox import Folder
 from malote.incoming.session import Session
+from malote.private_files import sync_directory
 
 _FLAGS = {"\\draft": "D", "\\flagged": "F", "\\answered": "R", "\\seen": "S", "\\deleted": "T"}    # IMAP -> Maildir info
 
@@ -64,7 +65,7 @@ class MaildirDelivery:
                 parcel.failure = Failure(_code(error))
         try:
             for directory in changed:
-                _fsync_directory(directory)
+                sync_directory(directory)
         except OSError as error:
             for parcel in written:
                 parcel.failure = Failure(_code(error))
@@ -76,7 +77,7 @@ class MaildirDelivery:
         for directory in (self._directory, *(self._directory / name for name in ("tmp", "new", "cur"))):
             if not directory.is_dir():
                 directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-                _fsync_directory(directory.parent)
+                sync_directory(directory.parent)
 
     def _there(self) -> str:
         """The names of all messages, as one text to look for marks in."""
@@ -112,14 +113,6 @@ def unix_lines(raw: bytes) -> bytes:
 
 def _host() -> str:
     return socket.gethostname().replace("/", "_").replace(":", "_")
-
-
-def _fsync_directory(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _code(error: OSError) -> str:

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import os
 import sqlite3
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from sqlalchemy import Connection, Engine, text
 
 from malote.errors import StoreUnavailable
+from malote.private_files import sync_directory
 from malote.store.schema import CURRENT, REVISIONS
 
 log = logging.getLogger("malote.store")
 COPYING = "copying"             # in the place of a version: `copying` has begun and not ended
 MADE_NAME = "store.made"        # beside the store file, since it was first made
+RUN_LOCK = "run.lock"           # in the store's directory, held by a daemon for as long as it runs
+_IN_USE = "the store must be brought up to date, and another malote has it open"
 _ALEMBIC = threading.Lock()      # it keeps its state in module globals
 
 
@@ -42,7 +47,8 @@ def _migrate(engine: Engine, file: Path, made: Path) -> None:
         elif made.exists():
             raise StoreUnavailable("the store is gone or empty, and nothing was put in its place",
                                    hint=f"put a copy of it back (docs/operating.md, Backup), or begin anew: rm {made}")
-        upgrade(connection)
+        with _nobody_runs(file.parent):
+            upgrade(connection)
         log.info("store schema is now version %s", CURRENT)
 
 
@@ -50,7 +56,7 @@ def _mark_made(made: Path, store: os.stat_result) -> None:
     if os.geteuid() != store.st_uid:
         return      # the administrator looks into the service's store, which then marks it at its own next start
     os.close(os.open(made, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600))
-    _sync_directory(made.parent)
+    sync_directory(made.parent)
 
 
 def bring_up_to_date_postgres(connection: Connection, take_alone: Callable[[Connection], bool]) -> None:
@@ -62,8 +68,7 @@ def bring_up_to_date_postgres(connection: Connection, take_alone: Callable[[Conn
     if version == CURRENT:
         return
     if not take_alone(connection):
-        raise StoreUnavailable("the store must be brought up to date, and another malote has it open",
-                               hint="stop malote on every node, then start the new version")
+        raise StoreUnavailable(_IN_USE, hint="stop malote on every node, then start the new version")
     upgrade(connection)
     log.info("store schema is now version %s", CURRENT)
 
@@ -144,13 +149,21 @@ def _keep_copy(file: Path, version: str) -> None:
     with draft.open("rb") as written:
         os.fsync(written.fileno())
     draft.replace(target)
-    _sync_directory(file.parent)
+    sync_directory(file.parent)
 
 
-def _sync_directory(directory: Path) -> None:
-    """So that names made there survive a power cut."""
-    opened = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+@contextmanager
+def _nobody_runs(directory: Path) -> Iterator[None]:
+    """No daemon has the store open, and none begins to. Raises `StoreUnavailable`."""
     try:
-        os.fsync(opened)
+        lock = os.open(directory / RUN_LOCK, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except FileNotFoundError:       # none ever ran; one that begins now waits for the transaction that we are in
+        yield
+        return
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError as error:
+        raise StoreUnavailable(_IN_USE, hint="stop malote, then start the new version") from error
     finally:
-        os.close(opened)
+        os.close(lock)
