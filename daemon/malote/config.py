@@ -131,7 +131,7 @@ class UpstreamConfig(Section):
     command_seconds: Seconds = 300      # RFC 5321 4.5.3.2: MAIL, RCPT 5 minutes, DATA initiation 2 minutes
     data_block_seconds: Seconds = 180   # RFC 5321 4.5.3.2.5
     data_done_seconds: Seconds = 600    # RFC 5321 4.5.3.2.6
-    helo_name: str = ""                 # default: this host's name
+    helo_name: str = Field("", pattern=r"^[!-~]{0,255}$")   # default: this host's name
 
 
 class LimitsConfig(Section):

@@ -259,6 +259,57 @@ def test_text_in_the_place_of_ciphertext() -> None:
             check_sealed(raw, facts)
 
 
+def test_text_in_one_chunk_or_at_the_end_of_a_key_blob() -> None:
+    """A cipher that forgets one chunk of many, and a wrapped key that is not wrapped."""
+    raw, facts = sealed(ORIGINAL + bytes(range(256)) * 1000, fold=False)
+    start = raw.index(b"message.mlp") + len('message.mlp"\r\n\r\n')
+    end = raw.rindex(b"--=_mlt_")
+    for chunk in range((len(facts.payload) - 68) // 16400):
+        payload = bytearray(facts.payload)
+        payload[68 + chunk * 16400:68 + chunk * 16400 + 16384] = (ORIGINAL * 10)[:16384]
+        lines = pybase64.encodebytes(payload).replace(b"\n", b"\r\n")
+        with pytest.raises(NotProven, match="no ciphertext"):
+            check_sealed(raw[:start] + lines + raw[end:], replace(facts, payload=payload))
+    raw, facts = one()
+    start = raw.index(b"iU1MSw0KGgo")
+    blob = pybase64.b64decode(raw[start:start + proof.BLOB_TEXT_BYTES].replace(b"\r\n", b""))
+    lines = pybase64.encodebytes(blob[:700] + (FRAME.encode() * 9)[:len(blob) - 700]).replace(b"\n", b"\r\n")
+    assert not passes(raw[:start] + lines + raw[start + len(lines):], facts)
+
+
+@pytest.mark.parametrize("text", ["the secret text", "the secret@x text", 'a"b@c', "x", "bob@b.example\r\n X: y", "a@b c"])
+def test_a_reader_of_addresses_that_gives_text(text: str) -> None:
+    """Even if what was decided says so: grouping and header are made by one reader of To and Cc."""
+    raw, facts = one()
+    for name in (b"To", b"Cc"):
+        changed = re.sub(rb"%b: [^\r]*" % name, b"%b: %b" % (name, text.encode()), raw, count=1)
+        assert changed != raw
+        assert not passes(changed, replace(facts, shown=SHOWN | {text}))
+    two = raw.replace(b"To: bob@b.example", f"To: bob@b.example, {text}".encode())
+    assert not passes(two, replace(facts, shown=SHOWN | {text}))
+
+
+def test_a_thread_that_is_text() -> None:
+    raw, facts = one()
+    ours = next(iter(facts.outer_ids))
+    for text in ("secret", "<secret", "<the>secret>"):
+        assert not passes(raw.replace(ours.encode(), text.encode()), replace(facts, outer_ids=(text,)))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("part", range(8))
+def test_any_byte_of_the_original_at_any_place(part: int) -> None:
+    """Each byte there is in it, put in and put in the place of another, at every position."""
+    raw, facts = short()
+    free = _free(raw)
+    extras = [bytes([value]) for value in sorted(set(facts.original))]
+    for at in range(part, len(raw) + 1, 8):
+        for extra in extras:
+            assert not passes(raw[:at] + extra + raw[at:], facts), (at, extra)
+            if extra != raw[at:at + 1] and at < len(raw) and at not in free:
+                assert not passes(raw[:at] + extra + raw[at + 1:], facts), (at, extra)
+
+
 def test_spare_bits_of_base64_hold_nothing() -> None:
     raw, facts = one()
     for end in re.finditer(rb"([A-Za-z0-9+/])==\r\n", raw):

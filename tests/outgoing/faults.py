@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import dataclasses
 import enum
@@ -137,8 +138,14 @@ def twists(original: bytes, text: str) -> dict[str, Twist]:
     """By name. `original`, `text`: what must not be seen, in bytes and as a text of one line."""
     def fail(_: Any) -> Any:
         raise Fault("the mind of the program")
+
+    def give_up(error: type[BaseException]) -> Twist:
+        def twist(_: Any) -> Any:
+            raise error("the mind of the program")
+        return twist
     return {
-        "raises": fail, "nothing": lambda _: None, "false": lambda _: False, "true": lambda _: True,
+        "raises": fail, "memory": give_up(MemoryError), "cancelled": give_up(asyncio.CancelledError),
+        "nothing": lambda _: None, "false": lambda _: False, "true": lambda _: True,
         "empty": lambda _: b"", "object": lambda _: object(), "number": lambda _: 1 << 62,
         "original": lambda _: original, "buffer": lambda _: bytearray(original), "text": lambda _: text,
         "list": lambda _: [original], "pair": lambda _: (original, original),

@@ -103,9 +103,9 @@ EXTENSIONS = ("PIPELINING", "8BITMIME", "SIZE 104857600", "DSN", "SMTPUTF8", "EN
 
 
 class Upstream:
-    """`script(step, argument, number)` is asked at each step: CONNECT, EHLO, MAIL, RCPT, DATA, DOT, QUIT, RSET, AUTH. False:
-    behave. The number counts the steps of that name, from 1. DOT is after the final dot; `DOT!` decides after the message
-    was taken: what it returns is the answer of a server that has accepted."""
+    """`script(step, argument, number)` is asked at each step: CONNECT, EHLO, MAIL, RCPT, DATA, BODY, DOT, QUIT, RSET, AUTH.
+    False: behave. The number counts the steps of that name, from 1. BODY is after its first line; DOT is after the final dot;
+    `DOT!` decides after the message was taken: what it returns is the answer of a server that has accepted."""
 
     def __init__(self, script: Script | None = None, *, extensions: Sequence[str] = EXTENSIONS, lmtp: bool = False) -> None:
         self.script = script
@@ -211,6 +211,16 @@ class _Conversation:
             if not line:
                 return False
             self.server.wire += line
+            if not content:
+                answer = self.server._decide("BODY", self.mail)
+                if answer is not False:
+                    if answer:
+                        await self._say(str(answer))
+                    elif answer == "":
+                        while await self.reader.read(65536):
+                            pass
+                    self.writer.transport.abort()
+                    return False
             content += line
         body = bytes(content[:-3]).replace(b"\r\n.", b"\r\n")
         message = Received(_path(self.mail), [_path(rcpt) for rcpt in self.rcpts], body, self.mail, list(self.rcpts), self.number)

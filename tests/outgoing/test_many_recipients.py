@@ -235,7 +235,7 @@ async def steps_of(directory: Path, mode: str, *, lost: str = "") -> Counter[str
 
 async def every_failure(directory: Path, mode: str, answer: Answer, *, lost: str = "", only: Sequence[str] = ()) -> int:
     steps = await steps_of(directory / "well", mode, lost=lost)
-    places = [(step, number) for step, count in steps.items() if step != "QUIT" and (not only or step in only)
+    places = [(step, number) for step, count in steps.items() if (step != "QUIT" or answer != "") and (not only or step in only)
               for number in range(1, count + 1) if not (step == "DOT!" and str(answer)[:1] == "5")]
     room = asyncio.Semaphore(16 if answer == "" else 4)
 

@@ -4,9 +4,11 @@ that no loop comes of it. Each is read by a strict parser of its own, and by rea
 from __future__ import annotations
 
 import asyncio
+import json
 import re
 import smtplib
 import uuid
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,9 +20,12 @@ from hypothesis import strategies as st
 from lab.incoming import limited
 from lab.report import read_report
 from lab.servers import Lab
-from malote.config import RuleConfig
+from malote.audit import AuditLog
+from malote.config import AuditConfig, RuleConfig
 from malote.errors import Reply
+from malote.outgoing import notify, submission
 from malote.outgoing.notice import Refused, make_notice
+from malote.outgoing.recorder import Recorder
 from outgoing.harness import HOST, Answer, Gateway, Script, Upstream, opened, person, text, upstream_config
 
 ALICE, BOB, CAROL, DAVE = (person(f"{name}@test.example") for name in ("alice", "bob", "carol", "dave"))
@@ -260,6 +265,99 @@ async def test_identical_messages_at_once_are_one_notification(tmp_path: Path) -
     assert [each.code for each in done] == [250, 250]
     assert len(notices(upstream)) == 1
     assert len(upstream.messages) == 2
+
+
+@pytest.mark.parametrize(("required", "taken"), [(False, True), (True, True), (True, False)])
+async def test_the_audit_log_has_a_line_for_it(tmp_path: Path, required: bool, taken: bool) -> None:
+    """`required`: one before it leaves, too."""
+    audit = AuditLog(AuditConfig(file=tmp_path / "audit", required=required))
+    inner = without_dave()
+
+    def script(step: str, argument: str, number: int) -> Answer | bool:
+        return "451 4.0.0 no" if "MAIL FROM:<>" in argument and not taken else inner(step, argument, number)
+    async with Upstream(script) as upstream, relay(tmp_path / "gw", upstream) as gw:
+        gw.submissions._recorder = lambda: Recorder(audit, lambda: 0)
+        assert (await gw.submit(ALICE.address, EVERYBODY, MESSAGE)).code == (250 if taken else 451)
+        count = len(upstream.messages)
+    await audit.close()
+    lines = [json.loads(line) for line in (tmp_path / "audit").read_bytes().splitlines()]
+    told = [line for line in lines if line["what"] == "notification"]
+    assert [line["step"] for line in told] == ["leaving", "done"][not required:]
+    assert (told[-1]["about"], told[-1]["states"]) == (1, {"accepted" if taken else "deferred": 1})
+    assert told[-1]["id"] == lines[0]["id"]
+    assert count == 1 + taken, "one copy for two, and the notification"
+    assert b"secret" not in (tmp_path / "audit").read_bytes()
+
+
+async def test_under_audit_required_no_notification_leaves_without_its_line(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    audit = AuditLog(AuditConfig(file=tmp_path / "audit", required=True))
+
+    async def full(*_: Any) -> bool:
+        return False
+    monkeypatch.setattr(Recorder, "notifying", full)
+    async with Upstream(without_dave()) as upstream, relay(tmp_path / "gw", upstream) as gw:
+        gw.submissions._recorder = lambda: Recorder(audit, lambda: 0)
+        assert (await gw.submit(ALICE.address, EVERYBODY, MESSAGE, polite=False)).code == 451
+        assert not notices(upstream)
+        monkeypatch.undo()
+        upstream.script = without_dave(upstream.steps.count("RCPT") + 3)
+        assert (await gw.submit(ALICE.address, EVERYBODY, MESSAGE)).code == 250
+    assert len(notices(upstream)) == 1
+    await audit.close()
+
+
+@pytest.mark.parametrize("fails", [False, True])
+async def test_identical_messages_at_two_processes_are_one_notification(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: bool) -> None:
+    """The second comes while the first has everything but its notification behind it. It waits, and if the first cannot tell the
+    sender, it does."""
+    there, go_on = asyncio.Event(), asyncio.Event()
+    real = notify.notify_sender
+
+    async def slow(*arguments: Any, **options: Any) -> bool:
+        if there.is_set():
+            return await real(*arguments, **options)
+        there.set()
+        await go_on.wait()
+        return False if fails else await real(*arguments, **options)
+    monkeypatch.setattr(submission, "notify_sender", slow)
+
+    def script(step: str, argument: str, number: int) -> Answer | bool:
+        """Dave is fine when a client asks, and not when his copy comes."""
+        return GONE if step == "RCPT" and "dave" in argument and number not in (3, 9) else False
+    async with Upstream(script) as upstream, relay(tmp_path, upstream) as one, relay(tmp_path, upstream) as two:
+        for number, gw in enumerate((one, two)):
+            await gw.store.join(b"%d" % number * 16)
+        first = asyncio.create_task(one.submit(ALICE.address, EVERYBODY, MESSAGE, polite=False))
+        await there.wait()
+        asked = upstream.steps.count("RCPT")
+        second = asyncio.create_task(two.submit(ALICE.address, EVERYBODY, MESSAGE, polite=False))
+        async with asyncio.timeout(30):
+            while upstream.steps.count("RCPT") < asked + len(EVERYBODY):
+                await asyncio.sleep(0.01)
+        await asyncio.sleep(0.3)        # time enough to do it wrong
+        assert not notices(upstream)
+        go_on.set()
+        assert [(await task).code for task in (first, second)] == [451 if fails else 250, 250]
+    assert len(notices(upstream)) == 1
+    assert Counter(address for message in upstream.messages for address in message.recipients) == Counter(
+        [BOB.address, CAROL.address, ALICE.address])
+
+
+async def test_whom_the_server_refuses_at_the_retry_though_he_has_had_it(tmp_path: Path) -> None:
+    """Bob is served, Carol waits; when the client comes again, Bob's server refuses him at RCPT. Passed on, that would be a
+    bounce for a message that he has."""
+    def script(step: str, argument: str, number: int) -> Answer | bool:
+        if step != "RCPT" or number <= 3:
+            return False
+        return "451 4.2.1 later" if number <= 6 and "carol" in argument else GONE if number > 6 and "bob" in argument else False
+    async with Upstream(script) as upstream, relay(tmp_path, upstream) as gw:
+        assert (await gw.submit(ALICE.address, EVERYBODY, MESSAGE, polite=False)).code == 451
+        again = await gw.submit(ALICE.address, EVERYBODY, MESSAGE)
+        assert (again.rcpts[BOB.address][:3], again.code) == ("250", 250)
+    assert notices(upstream) == []
+    assert Counter(address for message in upstream.messages for address in message.recipients) == dict.fromkeys(EVERYBODY, 1)
 
 
 # ---- real servers

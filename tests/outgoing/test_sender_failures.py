@@ -36,7 +36,7 @@ from outgoing.harness import Answer, Gateway, Upstream, opened, person, text, up
 ALICE, BOB, CAROL, DAVE, EVE = (person(f"{name}@test.example") for name in ("alice", "bob", "carol", "dave", "eve"))
 PEOPLE = {each.address: each for each in (BOB, CAROL, DAVE, EVE)}
 MESSAGE = text(cc="carol@test.example")         # dave and eve are Bcc: three copies
-STEPS = ("CONNECT", "EHLO", "MAIL", "RCPT", "DATA", "DOT", "DOT!", "RSET")
+STEPS = ("CONNECT", "EHLO", "MAIL", "RCPT", "DATA", "BODY", "DOT", "DOT!", "RSET")
 FAILURES: tuple[Answer, ...] = ("421 4.3.0 going down", "451 4.0.0 not now", "550 5.0.0 never", None)
 
 
@@ -67,7 +67,7 @@ async def fresh_for(directory: Path, upstream: Upstream) -> dict[str, list[str]]
     pytest.param(step, number, answer, id=f"{step}-{number}-{str(answer)[:3]}",
                  marks=pytest.mark.long if str(answer)[:3] == "421" and number > 2 else ())
     for step in STEPS for answer in FAILURES
-    for number in range(1, {"MAIL": 5, "RCPT": 9, "DATA": 4, "DOT": 4, "DOT!": 4}.get(step, 3))
+    for number in range(1, {"MAIL": 5, "RCPT": 9, "DATA": 4, "BODY": 4, "DOT": 4, "DOT!": 4}.get(step, 3))
     if not (step == "DOT!" and str(answer)[0] == "5")])     # who keeps what it refuses for good cannot be known
 async def test_one_failure_anywhere_and_a_retry(tmp_path: Path, step: str, number: int, answer: Answer) -> None:
     """Four recipients, three copies; one step goes wrong; the client comes again if it is told to."""
@@ -92,6 +92,21 @@ async def test_one_failure_anywhere_and_a_retry(tmp_path: Path, step: str, numbe
         assert verdicts == ["FRESH"] + ["DUPLICATE"] * (len(verdicts) - 1)
         if len(verdicts) > 1:
             assert step == "DOT!", "doubled though the server never had it unconfirmed"
+    assert b"the secret" not in upstream.wire
+
+
+@pytest.mark.parametrize("number", [1, 2])
+@pytest.mark.parametrize("answer", FAILURES, ids=str)
+async def test_a_failure_in_the_middle_of_a_large_body(tmp_path: Path, answer: Answer, number: int) -> None:
+    """Much of the text is still to be written: what the server has is no message, and nobody has one twice."""
+    content = text(cc="carol@test.example", body="the secret text of many lines, and nothing else\r\n" * 20_000)
+    async with Upstream(failing("BODY", number, answer)) as upstream, gateway(tmp_path / "gw", upstream) as gw:
+        done = await gw.submit(ALICE.address, list(PEOPLE), content, polite=False)
+        assert done.code == (554 if str(answer)[0] == "5" else 451), done
+        if done.code == 451:
+            assert (await gw.submit(ALICE.address, list(PEOPLE), content, polite=False)).code == 250
+            assert served(upstream) == dict.fromkeys(PEOPLE, 1)
+    assert set(served(upstream).values()) == {1}
     assert b"the secret" not in upstream.wire
 
 

@@ -55,10 +55,14 @@ _MIME = re.compile(
 )
 # one address of a list: a quoted local part may hold anything, also a comma
 _LISTED = re.compile(r'((?:"(?:[^"\\]|\\.)*"|[^", ])+)(?:, |\Z)')
+# what the reader of addresses may give, whatever it was given: no text with blanks but in quotes
+_ADDRESS = re.compile(r'(?:"(?:[^"\\\r\n]|\\.)*"|[^\s"<>(),;:@]+)@[^\s"<>(),;@]+')
+_ID = re.compile(r"<[^\s<>]+>")
 _PRINTABLE = bytes(range(32, 127))
 # Of 512 random bytes, 322 are not printable ASCII, give or take 11; of 512 bytes of text or JSON, hardly one. Below 200 it is
 # no ciphertext; that random bytes come that low is less likely than 2^-80.
 _SAMPLE_BYTES, _SAMPLE_NOT_PRINTABLE = 512, 200
+_STRIDE = 4096          # from one sample to the next: each chunk is looked at, not only the first
 
 
 Buffer = bytes | bytearray
@@ -131,17 +135,20 @@ def _check_addresses(name: str, value: bytes, shown: frozenset[str]) -> None:
         text = value.decode()
     except UnicodeDecodeError:
         raise NotProven(name) from None
-    if text in shown:
+    if text in shown and _ADDRESS.fullmatch(text):
         return
     found = _LISTED.findall(text.replace("\r\n ", " "))
     words = [f"{address}," for address in found[:-1]] + found[-1:]
-    if not shown.issuperset(found) or len(set(found)) != len(found) or folded(name, words) != value:
+    if (
+        not shown.issuperset(found) or len(set(found)) != len(found) or folded(name, words) != value
+        or not all(map(_ADDRESS.fullmatch, found))
+    ):
         raise NotProven(name)
 
 
 def _check_ids(name: str, value: bytes, known: Collection[str]) -> None:
     words = value.decode("ascii", "replace").replace("\r\n ", " ").split(" ")
-    if not all(word in known for word in words) or folded(name, words) != value:
+    if not all(word in known and _ID.fullmatch(word) for word in words) or folded(name, words) != value:
         raise NotProven(name)
 
 
@@ -174,7 +181,8 @@ def _check_blob(raw: bytes, position: int, boundary: bytes, number: int, kid: st
         raise NotProven("head of a key blob")
     position += len(head)
     blob = _binary(raw[position:position + BLOB_TEXT_BYTES], last=True)
-    if len(blob) != BLOB_BYTES or not blob.startswith(BLOB_HEAD) or blob[27:30] != BLOB_TYPE_AND_LENGTH or _is_text(blob[30:]):
+    if len(blob) != BLOB_BYTES or not blob.startswith(BLOB_HEAD) or blob[27:30] != BLOB_TYPE_AND_LENGTH or _is_text(blob, 30) or (
+            _is_text(blob, BLOB_BYTES - _SAMPLE_BYTES)):
         raise NotProven("key blob")
     eids.add(blob[11:27])
     return position + BLOB_TEXT_BYTES
@@ -195,7 +203,7 @@ def _check_payload(raw: bytes, start: int, end: int, eids: set[bytes], payload: 
             or eids != {sha256(b"MLT1 eid" + data[:HEADER_BYTES]).digest()[:16]}
         ):
             raise NotProven("header of the sealed part")
-        if _is_text(data[len(SEALED_HEAD):]):
+        if any(_is_text(data, where) for where in range(0 if size else len(SEALED_HEAD), len(data), _STRIDE)):
             raise NotProven("sealed part is no ciphertext")
         if payload is not None and not payload.startswith(data, size):
             raise NotProven("sealed part is not the one that was made")
@@ -238,8 +246,8 @@ def _binary(text: bytes, *, last: bool) -> bytes:
     return data
 
 
-def _is_text(data: bytes) -> bool:
-    """Whether this cannot be ciphertext. Says yes to text, and to zeros; no to what is already compressed."""
-    sample = data[:_SAMPLE_BYTES]
+def _is_text(data: bytes, where: int) -> bool:
+    """Whether what is there cannot be ciphertext. Says yes to text, and to zeros; no to what is already compressed."""
+    sample = data[where:where + _SAMPLE_BYTES]
     return len(sample) == _SAMPLE_BYTES and not (
         len(sample.translate(None, _PRINTABLE)) >= _SAMPLE_NOT_PRINTABLE and sample.count(0) < _SAMPLE_BYTES // 4)

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from malote.config import Level
+from malote.core.address import domain_of
 from malote.core.policy import Action
 from malote.core.proof import Facts, check_sealed
 from malote.core.proof_plain import check_covered, check_notice
@@ -94,6 +95,9 @@ def _facts(letter: Letter, recipients: Sequence[Recipient], copy: Copy, *, with_
     if not visible and len(recipients) > 1 and not all(recipient.decision.list for recipient in recipients):
         raise NotProven("recipients who may not know of each other")
     cards = [recipient.card for recipient in recipients]
+    for recipient, card in zip(recipients, cards, strict=True):
+        if card is not None and card.address not in (recipient.address, f"@{domain_of(recipient.address)}"):
+            raise NotProven("somebody else's card")
     if with_self and letter.identity is not None:
         cards.append(letter.identity.card)
     kids = []

@@ -31,6 +31,7 @@ from malote.store.store import Store
 log = structlog.get_logger("malote.outgoing")
 
 _MAIL_OK = Reply(250, "2.1.0", "Sender ok")
+_RCPT_KEPT = Reply(250, "2.1.5", "Recipient ok")
 _BAD_RECIPIENT = Reply(553, "5.1.3", "This is no mail address")
 _LOGIN_NEEDED = Reply(530, "5.7.0", "Log in first")
 _CERTIFICATE_NEEDED = Reply(530, "5.7.0", "A TLS client certificate is needed here")
@@ -251,7 +252,11 @@ class Sender:
             except FormatError:
                 return _BAD_RECIPIENT
             recipient = await self._submissions.recipient(canonical, address, params, tx.sender)
-            return await tx.rcpt(recipient)
+            reply = await tx.rcpt(recipient)
+            if reply.code // 100 == 5 and await self._store.is_served(canonical):
+                tx.keep(recipient, reply)   # if it is the same message, its client must not bounce it
+                return _RCPT_KEPT
+            return reply
         except MaloteError as error:    # of this recipient alone: the others of the transaction go on
             if isinstance(error, UpstreamError):
                 log.warning("upstream", session=session.id, fault=str(error))

@@ -234,6 +234,7 @@ class Submissions:
                 received=received_line(self._host, session.protocol, self.clock_ms()), known_outer_ids={}, fold=False,
                 shown=frozenset())
             delivery = Delivery(letter, tx.lane, tx.sender, tx.params, deadline, session.keep_going, self._executor, plan.tenure)
+            delivery.outcomes.update(_left_out(letter, turn))
             finished = await self._deliver(delivery, frozenset(), plan, turn, tx, line)
             if line.outcome == "plain":
                 line.outcome = "shadow"
@@ -418,35 +419,58 @@ class Submissions:
         groups = self._groups(letter, shown, before)
         letter.self_group = _with_own_blob(groups, letter)
         recorder = self._recorder()
+        answer: Answer | None = None
+        sent = False
         try:
             held_back = await recorder.leaving(letter, groups, delivery.deadline) if recorder is not None else None
+            sent = held_back is None
             if held_back is None:
                 await delivery.run(groups, tx)
             else:
                 delivery.outcomes.update(held_back)
-                recorder = None
+            answer = self._answer(letter, before | delivery.outcomes, tx)
         finally:    # also when cut off: what is known to be accepted must not be sent again
             outcomes = before | delivery.outcomes
-            if recorder is not None:
+            if recorder is not None and sent:
                 recorder.left(letter, groups, outcomes)
             turn.accepted.update((address, each.reply) for address, each in outcomes.items() if each.state is State.ACCEPTED)
             self._count(line, letter, outcomes, delivery.copies)
             line.note_alarm(delivery.alarm)
             done = all(outcome.state is State.ACCEPTED for outcome in outcomes.values())
-            await self._finish(plan, delivery, turn, wait=not done)
+            await self._finish(plan, delivery, turn, wait=not done, telling=answer.notify if answer is not None else ())
         if delivery.outer_ids:
             self._store.remember_outer_id(letter.message_id, delivery.outer_ids[0], self.clock_ms())
-        relay = not done and self.config.partial_failure == "relay"
-        silent = frozenset(each.address for each in letter.recipients.values() if relay and not wants_notice(each.params))
-        answer = decide_answer(outcomes, relay=relay, can_notify=relay and may_notify(tx.sender, letter), silent=silent)
-        if answer.notify and not await notify_sender(answer.notify, outcomes, delivery, tx, host=self._host,
-                                                     remote=self.config.upstream.host, now_ms=self.clock_ms()):
+        if answer.notify and not await self._tell(answer.notify, outcomes, delivery, plan, tx):
             line.note_alarm(delivery.alarm)
             return Finished(_NOT_NOTIFIED)
         if answer.settled:
             await self._settle(answer, outcomes, plan, turn)
         reply = _split_reply(letter, answer.reply) if line.outcome == "split" else answer.reply
         return Finished(reply, plan if reply.code // 100 == 2 else None)
+
+    def _answer(self, letter: Letter, outcomes: Mapping[str, Outcome], tx: Transaction) -> Answer:
+        relay = (self.config.partial_failure == "relay"
+                 and not all(outcome.state is State.ACCEPTED for outcome in outcomes.values()))
+        silent = frozenset(each.address for each in letter.recipients.values() if relay and not wants_notice(each.params))
+        return decide_answer(outcomes, relay=relay, can_notify=relay and may_notify(tx.sender, letter), silent=silent)
+
+    async def _tell(self, refused: Sequence[str], outcomes: Mapping[str, Outcome], delivery: Delivery, plan: SendPlan,
+                    tx: Transaction) -> bool:
+        """Whether the sender has been told of these. If not, nothing keeps another process from trying."""
+        recorder, letter, told = self._recorder(), delivery.letter, False
+        try:
+            if recorder is None or await recorder.notifying(letter, tx.sender, refused, delivery.deadline):
+                try:
+                    told = await notify_sender(refused, outcomes, delivery, tx, host=self._host,
+                                               remote=self.config.upstream.host, now_ms=self.clock_ms())
+                finally:
+                    if recorder is not None:
+                        recorder.notified(letter, tx.sender, refused, accepted=told)
+        finally:
+            if not told:
+                await self._write(plan, {
+                    address: (Written.REFUSED, str(outcomes[address].reply)[:500]) for address in refused})
+        return told
 
     async def _settle(self, answer: Answer, outcomes: Mapping[str, Outcome], plan: SendPlan, turn: Turn) -> None:
         """The sender has been told of these refusals: a client that comes again, as it did not get our 250, causes nothing."""
@@ -457,13 +481,14 @@ class Submissions:
     def _groups(self, letter: Letter, shown: frozenset[str], before: Mapping[str, Outcome]) -> tuple[Group, ...]:
         members = [
             Member(each.address, each.action is Action.SEAL, each.decision.list, letter.rows[each.address].stream)
-            for each in letter.recipients.values() if each.address not in before and each.action is not Action.REFUSE
+            for each in letter.recipients.values()
+            if each.address not in before and each.action is not Action.REFUSE and each.refused is None
         ]
         return group_members(members, shown, reserve=1 if letter.to_self is not None else 0)
 
-    async def _finish(self, plan: SendPlan, delivery: Delivery, turn: Turn, *, wait: bool) -> None:
+    async def _finish(self, plan: SendPlan, delivery: Delivery, turn: Turn, *, wait: bool, telling: Sequence[str]) -> None:
         """Write the outcomes down. Nothing is taken back if that fails: what is in doubt in the journal is sent again under the
-        same number, and the receiver sees that it is the same."""
+        same number, and the receiver sees that it is the same. `telling`: of these the sender is told next."""
         outcomes = {address: (_WRITTEN[each.state], str(each.reply)[:500]) for address, each in delivery.outcomes.items()}
         for row in plan.rows:
             if row.address in turn.earlier and row.address not in delivery.outcomes:
@@ -472,6 +497,7 @@ class Submissions:
         if own is not None:
             shared = [outcomes[address] for address in group.addresses] if group is not None else []
             outcomes[own.address] = min(shared, key=lambda each: _SELF_ORDER.index(each[0]), default=(Written.UNSENT, ""))
+        outcomes |= dict.fromkeys(telling, (Written.HELD, ""))
         if wait:
             await self._write(plan, outcomes)
         else:
@@ -563,9 +589,11 @@ def _why(error: MaloteError) -> str:
 
 
 def _left_out(letter: Letter, turn: Turn) -> dict[str, Outcome]:
-    """Those who may not get what the others get (`mixed = "split"`): reported as the upstream server's refusals are."""
-    return {each.address: Outcome(State.REFUSED, left_out_reply(each.decision)) for each in letter.recipients.values()
-            if each.action is Action.REFUSE and each.address not in turn.earlier
+    """Those who get nothing: they may not have what the others get (`mixed = "split"`), or the upstream server refused them at
+    RCPT and this is not the message that they have had. Reported as refusals after RCPT are."""
+    return {each.address: Outcome(State.REFUSED, each.refused or left_out_reply(each.decision))
+            for each in letter.recipients.values()
+            if (each.action is Action.REFUSE or each.refused is not None) and each.address not in turn.earlier
             and letter.rows[each.address].state is not SendState.ACCEPTED}
 
 

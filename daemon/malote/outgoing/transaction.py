@@ -33,6 +33,7 @@ class Recipient:
     routes: tuple[RecipientFacts, ...] = ()     # where a server may send it on to, by its local part
     outsider: bool = False      # had no part in the opened message that this one answers
     trial: tuple[Action, Decision] | None = None    # what would become of him if the rules on trial counted
+    refused: Reply | None = None    # by the server now, though it took a message for him before: DATA tells whether it is this
     action: Action | None = None    # final; None: not decided, and nothing may be sent
     reply: asyncio.Future[Reply] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
 
@@ -58,6 +59,7 @@ class Transaction:
         self._fold = fold
         self._recipients: dict[str, Recipient] = {}
         self._asked: list[Recipient] = []               # in the order of their RCPT at the upstream server
+        self._kept: dict[str, Recipient] = {}           # refused by it, and kept all the same
         self._opening: asyncio.Future[UpstreamConnection | Reply] | None = None
         self._connection: UpstreamConnection | None = None
         self._together: asyncio.Future[Reply] | None = None     # RCPT of the first recipient, sent with MAIL
@@ -67,8 +69,14 @@ class Transaction:
 
     @property
     def recipients(self) -> list[Recipient]:
-        """Those that the upstream server accepted, in the order in which it did."""
-        return [recipient for recipient in self._asked if recipient.accepted]
+        """Those that the upstream server accepted, in the order in which it did; and those kept though it did not."""
+        accepted = [recipient for recipient in self._asked if recipient.accepted]
+        return [*self._kept.values(), *accepted] if self._kept else accepted
+
+    def keep(self, recipient: Recipient, refused: Reply) -> None:
+        """The client is told that the recipient is fine, and at DATA what became of him."""
+        recipient.refused = refused
+        self._kept[recipient.address] = recipient
 
     @property
     def connection(self) -> UpstreamConnection | None:

@@ -43,6 +43,8 @@ _WRITE = Statement(insert(journal).values({column: bindparam(column) for column 
     # not what another process wrote since we looked: SQLite has one writer at a time, PostgreSQL several
 }, where=journal.c.attempt == bindparam("attempt") - 1).returning(journal.c.attempt))
 _KNOWN = Statement(select(journal.c.state).where(journal.c.key == bindparam("key")).limit(1))
+_SERVED = Statement(select(journal.c.state).where(
+    journal.c.recipient == bindparam("recipient"), journal.c.state == int(SendState.ACCEPTED)).limit(1))
 _ACCEPT_PLAIN = Statement(insert(journal).values({column: bindparam(column) for column in (
     "key", "recipient", "state", "attempt", "submission_id", "first_at_ms", "changed_at_ms", "reply",
 )}).on_conflict_do_update(index_elements=["key", "recipient"], set_={
@@ -203,6 +205,12 @@ def is_known(db: Db, key: bytes) -> bool:
     return db.row(_KNOWN, {"key": key}) is not None
 
 
+def is_served(db: Db, recipient: str) -> bool:
+    """Whether there is a message that it got, or whose failure was told, of which a client may not know. Looks through the whole
+    journal, which holds little else."""
+    return db.row(_SERVED, {"recipient": recipient}) is not None
+
+
 def _finish_plain(db: Db, plan: SendPlan, outcomes: Mapping[str, tuple[Outcome, str]], now_ms: int) -> None:
     """Only what was accepted matters later: what is in doubt and not sealed is sent again (RFC 1047)."""
     db.many(_ACCEPT_PLAIN, [{
@@ -216,7 +224,8 @@ def finish_send(db: Db, plan: SendPlan, outcomes: Mapping[str, tuple[Outcome, st
 
     ACCEPTED is final, and so is SETTLED, which leaves the numbering alone: the receiver never got it. UNSENT takes back what
     `begin_send` wrote, unless another attempt began since: a part in doubt since an earlier attempt stays in doubt, a new one is
-    gone and its number burnt (the next `prev` skips it, so the receiver misses nothing).
+    gone and its number burnt (the next `prev` skips it, so the receiver misses nothing). After HELD another call
+    follows.
     """
     if not plan.journaled:
         _finish_plain(db, plan, outcomes, now_ms)
@@ -225,6 +234,8 @@ def finish_send(db: Db, plan: SendPlan, outcomes: Mapping[str, tuple[Outcome, st
     for row in plan.rows:
         outcome, reply = outcomes.get(row.address, (Outcome.IN_DOUBT, ""))
         at = {"at_key": plan.key, "at_recipient": row.address, "at_submission": plan.submission_id}
+        if outcome is Outcome.HELD:
+            continue
         if row.state is SendState.ACCEPTED or outcome is Outcome.IN_DOUBT:
             doubtful.append(at | {"at_attempt": row.attempt})
             continue

@@ -75,6 +75,7 @@ class Outcome(StrEnum):
     ACCEPTED = "accepted"
     REFUSED = "refused"
     SETTLED = "settled"     # refused for good, and the sender was told by mail: a retry neither sends nor tells again
+    HELD = "held"           # refused for good, and the sender is being told: still ours, among those who share the store
     UNSENT = "unsent"       # nothing of this attempt can have been accepted: no final dot left
     IN_DOUBT = "in doubt"   # the final dot left and no reply came
 

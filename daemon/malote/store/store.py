@@ -300,6 +300,12 @@ class Store:
         """Begin new numberings: for a store restored from a backup, or after the clock was wrong by days."""
         await self._writer.write(outbox.renew_streams)
 
+    async def is_served(self, recipient: str) -> bool:
+        """Whether a client may come again with a message that this recipient has had: it has not proved that it read our 250, or
+        was told to come again for the sake of others."""
+        self._held.release_all()
+        return await self._writer.write(lambda db: outbox.is_served(db, recipient))
+
     def forget_send(self, plan: SendPlan) -> None:
         """The client has proved that it read our reply: the same bytes again are a new message. Not waited for, but before
         every `begin_send` that is called later."""
