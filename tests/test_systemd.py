@@ -15,12 +15,13 @@ import pytest
 from lab.daemon import MALOTE, Home, free_port, listener, upstream
 from lab.servers import HOST, PASSWORD, Lab, Postfix
 from malote.cli.settings import SYSTEM_CONFIG, SYSTEM_STORE
-from malote.config import KeysConfig
+from malote.config import KeysConfig, ListenerConfig
 from malote.errors import ExitCode
 
 ROOT = Path(__file__).parents[1]
 SYSTEM, USER = ROOT / "systemd" / "malote.service", ROOT / "systemd" / "malote-user.service"
 DOCS = (ROOT / "docs" / "operating.md").read_text()
+SOCKET = ROOT / "systemd" / "malote.socket"
 WORST = 2.0     # issue: rated "OK" 2.0 or better
 PR_SET_MDWE, PR_GET_MDWE, PR_MDWE_REFUSE_EXEC_GAIN = 65, 66, 1
 
@@ -65,6 +66,51 @@ def test_nothing_in_a_unit_is_misspelt(unit: Path, manager: str, tmp_path: Path)
                           check=False, env={"XDG_RUNTIME_DIR": str(tmp_path), "HOME": str(tmp_path), "PATH": "/usr/bin:/bin"})
     complaints = [line for line in done.stderr.splitlines() if "malote.service" in line or "Unknown" in line]
     assert complaints == []
+
+
+@needs_systemd
+def test_nothing_in_the_socket_unit_is_misspelt(tmp_path: Path) -> None:
+    """It is verified beside the service that it is for, which must be the one it starts."""
+    (tmp_path / SOCKET.name).write_text(SOCKET.read_text())
+    (tmp_path / SYSTEM.name).write_text(re.sub(r"(?m)^ExecStart=\S+", f"ExecStart={sys.executable}", SYSTEM.read_text()))
+    done = subprocess.run(["systemd-analyze", "verify", "--system", "--man=no", str(tmp_path / SOCKET.name)], capture_output=True,
+                          text=True, check=False, env={"XDG_RUNTIME_DIR": str(tmp_path), "PATH": "/usr/bin:/bin"})
+    assert [line for line in done.stderr.splitlines() if "malote" in line or "Unknown" in line] == []
+    listener = ListenerConfig()
+    assert settings(SOCKET)["ListenStream"] == [f"{listener.host}:{listener.port}"], "it fits the default configuration"
+    assert settings(SOCKET)["SocketUser"] == settings(SYSTEM)["User"]
+    assert "systemd/malote.socket" in DOCS
+
+
+@pytest.mark.skipif(shutil.which("systemd-socket-activate") is None, reason="systemd-socket-activate is not installed")
+@pytest.mark.parametrize("workers", [1, 2])
+def test_systemd_starts_it_for_the_first_client(home: Home, lab: Lab, postfix: Postfix, workers: int) -> None:
+    """With systemd's own hand-over of its sockets. The client that came first is served; what is not systemd's is bound by us."""
+    port, other = free_port(), free_port()
+    home.configure(f"[service]\nworkers = {workers}\n" + listener(port) + listener(other)
+                   + upstream(postfix.submission_port, lab.certificate))
+    daemon = home.daemon()
+    with daemon.log.open("wb") as log:
+        daemon.process = subprocess.Popen(
+            ("systemd-socket-activate", f"--listen={HOST}:{port}", "--setenv=NOTIFY_SOCKET", "--setenv=PATH",
+             *(f"--setenv={name}" for name in ("PYTHONPATH", "HOME") if name in os.environ),
+             *MALOTE, "--config", str(home.config), "run"),
+            stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+            env={**os.environ, "NOTIFY_SOCKET": str(home.root / "notify")})
+    try:
+        daemon.wait_for_log("Listening on")
+        with smtplib.SMTP(HOST, port, timeout=60) as first:     # malote starts now
+            first.login("alice@test.example", PASSWORD)
+            with daemon:
+                first.sendmail("alice@test.example", ["alice@test.example"], b"From: alice@test.example\r\n\r\ntext\r\n")
+                for each in (port, other):
+                    with smtplib.SMTP(HOST, each) as client:
+                        assert client.noop()[0] == 250
+                first.close()
+                assert daemon.stop() == 0, daemon.text()
+        assert "that no listener of the configuration has" not in daemon.text()
+    finally:
+        daemon.__exit__()
 
 
 def test_the_units_fit_what_the_program_does() -> None:
@@ -170,8 +216,11 @@ def test_it_works_without_memory_that_is_written_and_executed(home: Home, port: 
 
 
 @needs_systemd
-def test_it_works_with_the_system_calls_of_the_unit(home: Home, port: int, tmp_path: Path) -> None:
-    """SystemCallFilter= as systemd would compute it: a call that is missing would fail only in production."""
+@pytest.mark.parametrize("workers", [1, 2])
+def test_it_works_with_the_system_calls_of_the_unit(home: Home, port: int, tmp_path: Path, workers: int) -> None:
+    """SystemCallFilter= as systemd would compute it: a call that is missing would fail only in production. A supervisor makes
+    others than a process alone: fork, memfd_create, descriptors handed over."""
+    home.config.write_text(f"[service]\nworkers = {workers}\n" + home.config.read_text())
     allowed: set[str] = set()
     for value in settings(SYSTEM)["SystemCallFilter"]:
         names = {name for group in value.removeprefix("~").split() for name in system_calls(group)}

@@ -195,7 +195,7 @@ async def test_no_update_is_lost_between_nodes(open_store: Open, intent: Make, n
     nodes = [await open_store() for _ in range(3)]
     for node in nodes:
         await node.flush()
-        node._writer._db.slot = 0       # type: ignore[attr-defined] -- as if all had the numbering of one
+        node._writer._db.slot = 0       # type: ignore[attr-defined]    # as if all had the numbering of one
     plans = [plan for number in range(0, 90, 3) for plan in await asyncio.gather(*(
         node.begin_send(intent(BOB, CAROL, content=b"%d" % (number + at))) for at, node in enumerate(nodes)))]
     for address in (BOB, CAROL):
