@@ -31,9 +31,10 @@ Operation = Callable[[Db], T]
 MAX_BATCH = 256             # operations in one commit: bounds how long the first waits for the last
 MAX_LAZY = 20_000           # operations nobody waits for, kept while the store is unavailable; then the oldest are dropped
 LAZY_SECONDS = 0.5          # how long such an operation waits for company
-# How long a commit waits for more while several callers are about (PostgreSQL calls it commit_delay and commit_siblings). A
-# lone caller never waits; with ten at once a commit and its fsync are shared by twice as many.
-LINGER_SECONDS = 0.003
+# How long a commit waits for more while several callers are about (PostgreSQL calls it commit_delay and commit_siblings); a lone
+# caller never waits. With ten about, a commit then has nearly all of them, and while this thread works the event loop has little
+# to do: at each statement the interpreter's lock passes between the two, which cost a message of the relay 80 us.
+LINGER_SECONDS = 0.006
 
 log = logging.getLogger("malote.store")
 
@@ -77,7 +78,7 @@ class Writer:
         self._lazy: deque[Job] = deque(maxlen=MAX_LAZY)
         self._closed = False
         self._failing = False
-        self._company = False       # whether several callers shared the last commit
+        self._company = 1           # how many callers shared one of the last commits
         self._thread = threading.Thread(target=self._main, name=name, daemon=True)
         self._thread.start()
 
@@ -139,7 +140,8 @@ class Writer:
                 continue        # the first lazy operation after a pause: it waits for company
             going = _Signal.STOP not in items
             waiting = [item for item in items if isinstance(item, Job)]
-            self._company = len(waiting) > 1
+            if waiting:
+                self._company = max(len(waiting), self._company - 1)
             jobs = self._take_lazy() + waiting
             writes = [job for job in jobs if job.write]
             reads = [job for job in jobs if not job.write]
@@ -156,7 +158,7 @@ class Writer:
         items: list[Job | _Signal] = []
         with suppress(queue.Empty):
             items.append(self._queue.get(timeout=LAZY_SECONDS if self._lazy else None))
-            if self._company:
+            if self._company > 1:
                 time.sleep(LINGER_SECONDS)
             while len(items) < MAX_BATCH:
                 items.append(self._queue.get_nowait())
