@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import AsyncIterator, Iterator
 from email import message_from_bytes
 from pathlib import Path
 
 import pytest
 
-from lab.gateway import House, Lmtp, ScriptedLmtp, codes, person
+from lab.gateway import House, Lmtp, ScriptedLmtp, codes, person, sealed_for
 from lab.incoming import note, verdict, verdicts
 from lab.servers import Dovecot, free_port
 from malote.core import status
 from malote.core.identity import Identity
-from malote.core.outer import outer_headers
-from malote.core.seal import SealRecipient, seal
 from malote.incoming.account import AccountKeys
 from malote.incoming.gateway_keys import recipient_keys
 from malote.incoming.watcher import now_ms
@@ -43,18 +40,6 @@ def keys_of(people: list[str]) -> dict[str, Identity]:
 async def house(dovecot: Dovecot, people: list[str], tmp_path: Path) -> AsyncIterator[House]:
     async with House(tmp_path / "store", dovecot.lmtp_port, identities=keys_of(people)).running() as house:
         yield house
-
-
-def sealed_for(house: House, addresses: list[str], original: bytes, *, serial: int = 1, **options: object) -> bytes:
-    """One message with a key blob for each of these, as an organisation's relay seals it."""
-    key_of = {name: (house.identities.get(name) or house.identities["@" + name.partition("@")[2]]).decryption[0].public
-              for name in addresses}
-    recipients = [SealRecipient(name, key_of[name], "to", house.sender.stream[:7] + bytes([number]), serial, serial - 1)
-                  for number, name in enumerate(addresses)]
-    sent = now_ms()
-    outer = outer_headers(original, sent_at_ms=sent, sender_domain="sender.example", received=b"", known_outer_ids={})
-    return seal(original, identity=house.sender.identity, recipients=recipients, submission_id=os.urandom(16), sent_at_ms=sent,
-                outer=outer).raw
 
 
 def inbox(dovecot: Dovecot, user: str) -> list[bytes]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import socket
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Mapping
@@ -16,6 +17,8 @@ from lab.servers import HOST
 from malote.config import LimitsConfig, ListenerConfig, OpeningConfig, UpstreamConfig
 from malote.core.identity import Identity, new_identity
 from malote.core.keys import SignatureAlgorithm
+from malote.core.outer import outer_headers
+from malote.core.seal import SealRecipient, seal
 from malote.incoming.account import device_name
 from malote.incoming.gateway import Gateway
 from malote.incoming.passage import Passage
@@ -88,6 +91,18 @@ class House:
     async def trust(self, identity: Identity) -> None:
         await self.store.put_card(identity.address, identity.card.raw, identity.signing.public.id, level=Level.VERIFIED,
                                   evidence="a test", now_ms=now_ms() - 1_800_000, succession=False)
+
+
+def sealed_for(house: House, addresses: list[str], original: bytes, *, serial: int = 1, **options: object) -> bytes:
+    """One message with a key blob for each of these, as an organisation's relay seals it."""
+    key_of = {name: (house.identities.get(name) or house.identities["@" + name.partition("@")[2]]).decryption[0].public
+              for name in addresses}
+    recipients = [SealRecipient(name, key_of[name], "to", house.sender.stream[:7] + bytes([number]), serial, serial - 1)
+                  for number, name in enumerate(addresses)]
+    sent = now_ms()
+    outer = outer_headers(original, sent_at_ms=sent, sender_domain="sender.example", received=b"", known_outer_ids={})
+    return seal(original, identity=house.sender.identity, recipients=recipients, submission_id=os.urandom(16), sent_at_ms=sent,
+                outer=outer).raw
 
 
 class Lmtp:
