@@ -11,6 +11,7 @@ import threading
 from base64 import b64encode
 from collections.abc import Iterator
 from contextlib import closing, suppress
+from datetime import UTC, datetime
 
 import pytest
 import structlog
@@ -146,6 +147,17 @@ def test_all_loggers_write_one_format(written: Written) -> None:
     structlog.get_logger("malote.outgoing").info("message", id="1")
     assert [(line["level"], line["event"]) for line in written.lines] == [
         ("info", "store schema is now version 0001"), ("info", "message")]
+
+
+def test_each_line_has_its_time_in_utc(written: Written, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the microsecond, also where the second is the one before's and where it is another."""
+    configure_logs(LogConfig(format="json"))
+    moments = (1_795_392_000_000_000_000, 1_795_392_000_000_001_999, 1_795_392_061_999_999_999)
+    for moment in moments:
+        monkeypatch.setattr("malote.logs.time.time_ns", lambda moment=moment: moment)
+        structlog.get_logger("malote").info("message")
+    assert [datetime.fromisoformat(line["timestamp"]) for line in written.lines] == [
+        datetime.fromtimestamp(moment // 10**9, UTC).replace(microsecond=moment // 1000 % 10**6) for moment in moments]
 
 
 def test_what_libraries_say_is_cut(written: Written) -> None:

@@ -22,6 +22,7 @@ from malote.outgoing.transaction import Transaction
 from malote.outgoing.users import User, Users
 from malote.smtp.desk import AuthOutcome, ClientSession, Offer, Params
 from malote.smtp.lanes import Lane, OwnLane, PooledLane
+from malote.smtp.networks import client_key
 from malote.smtp.path import HOPS, LOOP, MAX_ASKING
 from malote.smtp.relay import Upstream, UpstreamConnection
 from malote.smtp.sizes import announced_limit
@@ -40,6 +41,7 @@ _NOT_KNOWN = Reply(550, "5.7.1", "This user of the machine may not send here")
 _NO_LOGIN_HERE = Reply(550, "5.7.1", "Mail is sent on with a configured login, so this listener must ask for one too")
 _WELCOME = Reply(235, "2.7.0", "Logged in")
 _WRONG = Reply(535, "5.7.8", "Login or password is wrong")
+_NOT_NOW = Reply(454, "4.7.0", "The mail server that knows this login cannot be asked now, try again later")
 _NO_MECHANISM = Reply(504, "5.5.4", "This way to log in is not offered")
 _NO_TRANSACTION = Reply(503, "5.5.1", "Send MAIL first")
 
@@ -87,8 +89,9 @@ class Sender:
 
     async def offer(self, session: ClientSession) -> Offer:
         """What the upstream server can carry. Raises `UpstreamError` when that cannot be found out."""
+        known = session.state is not None
         state = await self._state(session)
-        if not session.login:       # TLS may have begun since, and shown a certificate
+        if known and not session.login:     # TLS may have begun since, and shown a certificate
             state.submitter = self._first_submitter(session)
         extensions = state.lane.extensions if isinstance(state.lane, OwnLane) else await self._pooled.ask()
         largest = largest_original(announced_limit(extensions))
@@ -119,15 +122,19 @@ class Sender:
             return AuthOutcome(_NO_MECHANISM)
         if mechanism == _EXTERNAL:
             return await self._check_certificate(session, state, initial)
-        if isinstance(state.lane, OwnLane):
-            return await self._ask_upstream(session, state, state.lane.connection, mechanism, initial)
-        if self._listener.auth == "upstream":
+        if self._listener.auth == "local":
+            return await self._check_local(session, state, mechanism, initial)
+        try:
+            if isinstance(state.lane, OwnLane):
+                return await self._ask_upstream(session, state, state.lane.connection, mechanism, initial)
             connection = await self._upstream.connect()     # of its own: the pooled ones are logged in already, or must not be
             try:
                 return await self._ask_upstream(session, state, connection, mechanism, initial)
             finally:
                 await connection.quit()
-        return await self._check_local(session, state, mechanism, initial)
+        except UpstreamError as error:      # RFC 4954 section 6: 454, after which no mail program asks for another password
+            log.warning("upstream", session=session.id, fault=str(error))
+            return AuthOutcome(_NOT_NOW)
 
     async def _check_certificate(self, session: ClientSession, state: SessionState, initial: bytes | None) -> AuthOutcome:
         user = self._certified(session)
@@ -158,7 +165,7 @@ class Sender:
     async def _check_local(self, session: ClientSession, state: SessionState, mechanism: str,
                            initial: bytes | None) -> AuthOutcome:
         login, password = await _login_and_password(session, mechanism, initial)
-        user = await self._users.check_password(login, password)
+        user = await self._users.check_password(login, password, client_key(session.peer) or str(session.peer_uid))
         if user is None:
             return AuthOutcome(_WRONG)
         state.submitter = self._submitter(login, user.addresses)
