@@ -19,7 +19,7 @@ from malote.config import LimitsConfig, ListenerConfig
 from malote.smtp import gate
 from malote.smtp.listener import server_settings
 from malote.smtp.networks import Networks
-from malote.smtp.proxy_header import SIGNATURE, Origin, ProxyFault, parse_v1, parse_v2
+from malote.smtp.proxy_header import SIGNATURE, Origin, ProxyFault, crc32c, parse_v1, parse_v2
 
 CLIENT = "203.0.113.9"
 V1 = f"PROXY TCP4 {CLIENT} 198.51.100.1 40000 25\r\n".encode()
@@ -36,6 +36,14 @@ def v2(address: str = CLIENT, *, command: int = 0x21, family: int = 0, more: byt
 
 def tls_field(flags: int) -> bytes:
     return struct.pack("!BHBL", 0x20, 5, flags, 0)
+
+
+def summed(header: bytes, change: int = 0) -> bytes:
+    """A version 2 header with a PP2_TYPE_CRC32C field in front of its others."""
+    fields_at = 16 + 12
+    length = struct.unpack_from("!H", header, 14)[0] + 7
+    header = header[:14] + struct.pack("!H", length) + header[16:fields_at] + b"\x03\0\4" + bytes(4) + header[fields_at:]
+    return header[:fields_at + 3] + struct.pack("!L", crc32c(header) ^ change) + header[fields_at + 7:]
 
 
 # ---- the bytes
@@ -79,6 +87,12 @@ def test_version_2_says_whether_the_client_speaks_tls() -> None:
     assert parse_v2(0x21, 0x31, bytes(216)) == Origin(), "a UNIX socket at the proxy: a client without an address"
 
 
+def test_crc32c() -> None:
+    """RFC 3720 appendix B.4; the check value of the polynomial."""
+    assert crc32c(b"123456789") == 0xE3069283
+    assert crc32c(bytes(32)).to_bytes(4, "little").hex() == "aa36918a"
+
+
 # ---- over the wire
 
 @contextlib.asynccontextmanager
@@ -98,8 +112,8 @@ async def raw(server: RunningServer, header: bytes) -> AsyncIterator[Client]:
     (V1, CLIENT, False), (v2(), CLIENT, False), (v2("2001:db8::7"), "2001:db8::7", False),
     (v2("127.0.0.1"), "127.0.0.1", True),           # a program here, through a proxy here
     (v2(command=0x20), HOST, False),                # LOCAL: the proxy looks whether we are there; it is no client of this machine
-    (b"PROXY UNKNOWN\r\n", "unknown", False),
-], ids=["v1", "v2", "v2-ipv6", "loopback", "local", "unknown"])
+    (b"PROXY UNKNOWN\r\n", "unknown", False), (summed(v2(more=tls_field(0))), CLIENT, False),
+], ids=["v1", "v2", "v2-ipv6", "loopback", "local", "unknown", "sum"])
 async def test_the_client_is_whom_the_proxy_names(header: bytes, peer: str, loopback: bool) -> None:
     """`loopback` opens doors: without a login, without TLS. It must be the client's, not the proxy's."""
     desk = RecordingDesk()
@@ -124,8 +138,9 @@ async def test_a_header_in_pieces_with_the_greeting_and_commands_behind_it() -> 
 @pytest.mark.parametrize("header", [
     b"EHLO mail.client.example\r\n", b"PROXY TCP4 nonsense\r\n", b"PROXY " + b"x" * 200, v2(cut=5), v2(command=0x31),
     v2(command=0x2f), v2(family=0x12), v2(more=b"\x20\0\xff"), SIGNATURE + b"\x21\x11\xff\xff" + bytes(3000),
-    b"\r\n\r\n\0\r\nQUIX\n" + bytes(20),
-], ids=["none", "words", "long", "short", "version", "command", "datagram", "field", "oversized", "signature"])
+    b"\r\n\r\n\0\r\nQUIX\n" + bytes(20), summed(v2(), change=1), v2(more=b"\x03\0\3abc"),
+], ids=["none", "words", "long", "short", "version", "command", "datagram", "field", "oversized", "signature",
+        "sum", "short-sum"])
 async def test_a_listed_proxy_without_a_right_header_gets_nothing(header: bytes) -> None:
     """Not even a greeting: the client behind it would be taken for the proxy."""
     desk = RecordingDesk()
@@ -218,6 +233,39 @@ async def test_connections_that_are_on_their_way_in_are_bounded(lab: Lab) -> Non
         writer.close()
         for _, held in silent:
             held.transport.abort()
+
+
+@pytest.mark.parametrize("tls", ["tls", "starttls"])
+async def test_a_handshake_that_never_ends_makes_room(lab: Lab, tls: Any) -> None:
+    """All places are taken by clients of one address that begin TLS and say no more: one from another address has its place."""
+    config = ListenerConfig(host=HOST, tls=tls, certificate=lab.certificate, certificate_key=lab.key)
+    async with serving(RecordingDesk(), server_settings(config, LimitsConfig(), "mx"), connections=5) as server:
+        silent = [await asyncio.open_connection(HOST, server.port, local_addr=("127.0.0.7", 0)) for _ in range(5)]
+        if tls == "tls":
+            await until(lambda: server.listener._server.entering == 5)    # type: ignore[union-attr]
+        for reader, held in silent if tls == "starttls" else ():
+            held.write(b"EHLO x\r\nSTARTTLS\r\n")
+            await reader.readuntil(b"220 2.0.0 Ready to start TLS\r\n")
+        encrypted: dict[str, Any] = {"ssl": lab.client_tls(), "server_hostname": "localhost"} if tls == "tls" else {}
+        for _ in range(3):
+            async with asyncio.timeout(20):
+                reader, writer = await asyncio.open_connection(HOST, server.port, **encrypted)
+                assert (await reader.readline()).startswith(b"220")
+                writer.transport.abort()
+        gone = [reader for reader, _ in silent if reader.at_eof() or reader.exception() is not None]
+        assert 1 <= len(gone) <= 3
+        for _, held in silent:
+            held.transport.abort()
+
+
+async def test_a_client_behind_a_proxy_cannot_take_all_places_with_handshakes(lab: Lab) -> None:
+    config = ListenerConfig(host=HOST, tls="tls", certificate=lab.certificate, certificate_key=lab.key, proxies=(HOST,))
+    async with serving(RecordingDesk(), server_settings(config, LimitsConfig(), "mx"), connections=10) as server:
+        server.connections.per_client = 3
+        async with raw(server, V1), raw(server, V1), raw(server, V1):
+            await until(lambda: server.listener._server.entering == 3)    # type: ignore[union-attr]
+            async with raw(server, V1) as client:
+                assert await client.at_end(), "a fourth of the same client"
 
 
 async def test_a_client_that_leaves_during_the_header_ends_nothing() -> None:

@@ -61,7 +61,7 @@ def listening(lab: Lab, tls: str = "none", **more: Any) -> ListenerConfig:
     return ListenerConfig.model_validate({"host": HOST, "auth": "none", "tls": tls, "proxies": (HOST,), **files, **more})
 
 
-@pytest.mark.parametrize("option", ["send-proxy", "send-proxy-v2"])
+@pytest.mark.parametrize("option", ["send-proxy", "send-proxy-v2", "send-proxy-v2 proxy-v2-options crc32c"])
 @pytest.mark.parametrize("tls", ["none", "starttls", "tls"])
 async def test_haproxy_in_front(tmp_path: Path, lab: Lab, option: str, tls: Any) -> None:
     """It says who the client is, and that client is in the network or is not. TLS goes through it to the gateway."""

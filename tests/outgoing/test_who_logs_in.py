@@ -6,6 +6,7 @@ import asyncio
 import base64
 import smtplib
 import ssl
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ import pytest
 from lab.authority import Authority
 from lab.servers import Lab
 from malote.config import ListenerConfig
-from malote.outgoing.users import hash_password
+from malote.errors import ConfigError
+from malote.outgoing.users import PasswordHash, Users, hash_password, load_users
 from malote.smtp.certificates import certificate_names
 from malote.smtp.relay import Credentials
 from outgoing.harness import HOST, Gateway, Outcome, Upstream, opened, person, text, upstream_config
@@ -264,3 +266,92 @@ async def test_other_mechanisms_go_to_the_upstream_too(tmp_path: Path, mechanism
                 client.sendmail(ALICE.address, [BOB.address], text())
         await asyncio.to_thread(attempt)
     assert len(upstream.messages) == 1
+
+
+@pytest.mark.parametrize("auth", ["pass-through", "upstream"])
+async def test_a_server_that_cannot_be_asked_is_no_wrong_password(tmp_path: Path, auth: Any) -> None:
+    """454, never 535: a mail program that is told that its password is wrong asks its owner for another, and forgets it."""
+    cut = {"AUTH"}
+
+    def script(step: str, _argument: str, _number: int) -> str | bool | None:
+        return None if step in cut else False
+    async with Upstream(script) as upstream, gateway(
+            tmp_path, upstream, ListenerConfig(host=HOST, auth=auth), credentials=None) as gw:
+        def attempt() -> tuple[int, bytes]:
+            with smtplib.SMTP(HOST, gw.port, "client") as client:
+                client.ehlo()
+                if auth == "upstream":
+                    cut.add("CONNECT")
+                return client.docmd("AUTH", "PLAIN " + base64.b64encode(b"\0alice@test.example\0pw").decode())
+        code, said = await asyncio.to_thread(attempt)
+    assert (code, said[:5]) == (454, b"4.7.0")
+
+
+# ---- passwords are dear to check
+
+async def test_who_guesses_on_many_connections_waits_for_himself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A guess takes a tenth of a second of a thread. Others wait for one of them, not for all."""
+    order: list[str] = []
+    begun, go_on = threading.Event(), threading.Event()
+
+    def check(_hash: PasswordHash, password: bytes) -> bool:
+        begun.set()
+        assert go_on.wait(20)
+        order.append(password.decode())
+        return False
+    monkeypatch.setattr(PasswordHash, "fits", check)
+    users = Users()
+    guesses = [asyncio.create_task(users.check_password("anna", f"guess {number}", "192.0.2.1")) for number in range(50)]
+    assert await asyncio.to_thread(begun.wait, 20)
+    honest = asyncio.create_task(users.check_password("anna", "honest", "192.0.2.2"))
+    await asyncio.sleep(0)
+    go_on.set()
+    await honest
+    assert order.index("honest") <= 2
+    assert await asyncio.gather(*guesses) == [None] * 50
+
+
+async def test_who_leaves_while_his_password_waits_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    checked: list[bytes] = []
+    begun, go_on = threading.Event(), threading.Event()
+
+    def check(_hash: PasswordHash, password: bytes) -> bool:
+        begun.set()
+        assert go_on.wait(20)
+        checked.append(password)
+        return False
+    monkeypatch.setattr(PasswordHash, "fits", check)
+    users = Users()
+    guesses = [asyncio.create_task(users.check_password("anna", "guess", f"192.0.2.{number}")) for number in range(50)]
+    assert await asyncio.to_thread(begun.wait, 20)
+    for guess in guesses:
+        guess.cancel()
+    await asyncio.gather(*guesses, return_exceptions=True)
+    go_on.set()
+    assert await users.check_password("anna", "last", "192.0.2.1") is None
+    assert checked == [b"guess", b"last"]
+
+
+def test_an_unknown_login_costs_what_the_others_cost(tmp_path: Path) -> None:
+    """Else the time tells which logins there are."""
+    users = load_users(users_file(tmp_path, f"anna:{hash_password('pw', **CHEAP)}:\nuwe::\n"))
+    asked: list[PasswordHash] = []
+
+    def check(hashed: PasswordHash, _password: bytes) -> bool:
+        asked.append(hashed)
+        return True
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PasswordHash, "fits", check)
+        assert asyncio.run(users.check_password("anna", "pw")) is not None
+        assert asyncio.run(users.check_password("nobody", "pw")) is None
+        assert asyncio.run(users.check_password("uwe", "pw")) is None
+    assert {(each.memory_kib, each.iterations, each.lanes) for each in asked} == {(64, 1, 1)}
+    assert len(asked) == 3
+
+
+@pytest.mark.parametrize("mode", [0o644, 0o602, 0o606])
+def test_a_users_file_that_others_read_or_change_is_not_used(tmp_path: Path, mode: int) -> None:
+    path = users_file(tmp_path, "anna::alice@test.example\n")
+    path.chmod(mode)
+    with pytest.raises(ConfigError, match="others can read the password hashes in it, or change them"):
+        load_users(path)

@@ -13,10 +13,13 @@ import asyncio
 import base64
 import re
 import stat
+from collections import Counter
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
+from weakref import WeakValueDictionary
 
 from malote.core.address import canonical_card_address
 from malote.core.primitives import argon2id, equal, random_bytes
@@ -27,7 +30,10 @@ from malote.outgoing.identities import ANY
 MEMORY_KIB, ITERATIONS, LANES = 64 * 1024, 3, 4
 MAX_MEMORY_KIB = 1024 * 1024    # bounds what one line of the file can make a login cost
 MAX_ITERATIONS = 20
-PARALLEL = 1                    # passwords checked at once: a second one would only hold another thread (primitives.argon2id)
+
+# One at once (primitives.argon2id), in a thread of its own: clients that leave while they wait leave nothing behind in the
+# threads that seal
+_CHECKING = ThreadPoolExecutor(1, thread_name_prefix="password")
 
 _PHC = re.compile(r"\$argon2id\$v=19\$m=(\d{1,7}),t=(\d{1,2}),p=(\d{1,2})\$([A-Za-z0-9+/]{11,86})\$([A-Za-z0-9+/]{43})")
 
@@ -58,27 +64,34 @@ class Users:
 
     def __init__(self, users: Mapping[str, User] = MappingProxyType({})) -> None:
         self._users = users
-        self._free = asyncio.Semaphore(PARALLEL)
+        self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         # an unknown login costs as much as a known one: the time does not tell which logins there are
-        self._nobody = PasswordHash(MEMORY_KIB, ITERATIONS, LANES, random_bytes(16), bytes(32))
+        costs = Counter((user.password.memory_kib, user.password.iterations, user.password.lanes)
+                        for user in users.values() if user.password is not None)
+        usual = costs.most_common(1)[0][0] if costs else (MEMORY_KIB, ITERATIONS, LANES)
+        self._nobody = PasswordHash(*usual, random_bytes(16), bytes(32))
 
     def get(self, login: str) -> User | None:
         return self._users.get(login)
 
-    async def check_password(self, login: str, password: str) -> User | None:
-        """The user, or None for a wrong password, an unknown login, or one that has no password here."""
+    async def check_password(self, login: str, password: str, client: str = "") -> User | None:
+        """The user, or None for a wrong password, an unknown login, or one that has no password here.
+
+        Clients take turns: whoever guesses on many connections makes others wait for one of his guesses, not for all.
+        """
         user = self._users.get(login)
         known = user.password if user is not None else None
-        async with self._free:
-            fits = await asyncio.to_thread((known or self._nobody).fits, password.encode())
+        turn = self._turns.setdefault(client, asyncio.Lock())
+        async with turn:
+            fits = await asyncio.get_running_loop().run_in_executor(_CHECKING, (known or self._nobody).fits, password.encode())
         return user if fits and known is not None else None
 
 
 def load_users(path: Path) -> Users:
     """Raises `ConfigError` naming file and line."""
     try:
-        if path.stat().st_mode & stat.S_IROTH:
-            raise ConfigError(f"{path}: others can read the password hashes in it", hint=f"chmod o= {path}")
+        if path.stat().st_mode & (stat.S_IROTH | stat.S_IWOTH):
+            raise ConfigError(f"{path}: others can read the password hashes in it, or change them", hint=f"chmod o= {path}")
         lines = path.read_text("utf-8").splitlines()
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error

@@ -89,6 +89,7 @@ class Conversation(ClientWire):
         self._may_speak_for_others = False      # told by the peer, whoever it speaks for
         self._peer_is_here = False
         self._named = False                     # it has said for whom
+        self._shaking_hands = False             # STARTTLS
         self._entered_tls = False       # at the proxy in front of us, which is on this machine
 
     # life of a connection
@@ -155,7 +156,8 @@ class Conversation(ClientWire):
 
     @property
     def idle_since(self) -> float | None:
-        if self._phase is Phase.COMMAND and self._waiter is not None and not self._open and not self._eof:
+        waits = self._waiter is not None or self._shaking_hands
+        if self._phase is Phase.COMMAND and waits and not self._open and not self._eof:
             return self._waiting_since
         return None
 
@@ -164,7 +166,10 @@ class Conversation(ClientWire):
         return bool(self.client.user)
 
     def give_way(self) -> None:
-        self.hang_up(GIVE_WAY)
+        if self._shaking_hands:     # no word would be understood
+            self.cut_off()
+        else:
+            self.hang_up(GIVE_WAY)
 
     def cut_off(self) -> None:
         if self.transport is not None:
@@ -325,11 +330,14 @@ class Conversation(ClientWire):
         self._buffer.clear()
         self._read_paused = False
         self.enter(Phase.COMMAND, TLS_HANDSHAKE_SECONDS + 5)
+        self._shaking_hands = True
         try:
             transport = await self.loop.start_tls(
                 self.transport, self, context, server_side=True, ssl_handshake_timeout=TLS_HANDSHAKE_SECONDS)
         except (OSError, EOFError) as error:
             raise ClientGone from error
+        finally:
+            self._shaking_hands = False
         if transport is None or self._eof:
             raise ClientGone
         self._now_over_tls(transport)

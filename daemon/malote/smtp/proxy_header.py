@@ -24,6 +24,7 @@ _V1_UNKNOWN = re.compile(rb"PROXY UNKNOWN(?: [^\r\n]*)?\r\n")
 _LOCAL, _PROXY = 0x20, 0x21
 _UNSPECIFIED, _TCP4, _TCP6, _UNIX_STREAM = 0x00, 0x11, 0x21, 0x31
 _ADDRESS_BYTES = {_UNSPECIFIED: 0, _TCP4: 12, _TCP6: 36, _UNIX_STREAM: 216}
+_PP2_TYPE_CRC32C = 0x03
 _PP2_TYPE_SSL = 0x20
 _PP2_CLIENT_SSL = 0x01
 
@@ -89,6 +90,27 @@ def _speaks_tls(fields: bytes) -> bool:
     return tls
 
 
+def crc32c(data: bytes) -> int:
+    """RFC 3720 appendix B.4. By the bit: a header has some hundred bytes, and few proxies add the sum."""
+    value = 0xFFFFFFFF
+    for byte in data:
+        value ^= byte
+        for _ in range(8):
+            value = value >> 1 ^ (0x82F63B78 if value & 1 else 0)
+    return value ^ 0xFFFFFFFF
+
+
+def check_sum(header: bytes, fields_at: int) -> None:
+    """Section 2.2.4, PP2_TYPE_CRC32C: if it is there it must be right. `header`: all of it. Raises `ProxyFault`."""
+    while len(header) >= fields_at + 3:
+        kind, length = struct.unpack_from("!BH", header, fields_at)
+        value_at, fields_at = fields_at + 3, fields_at + 3 + length
+        if kind == _PP2_TYPE_CRC32C:
+            zeroed = header[:value_at] + bytes(length) + header[fields_at:]
+            if header[value_at:fields_at] != crc32c(zeroed).to_bytes(4):
+                raise ProxyFault("a wrong checksum")
+
+
 async def read_proxy_header(sock: socket.socket) -> Origin:
     """Take the header, and nothing after it, from a non-blocking socket. Raises `ProxyFault`, `OSError`."""
     first = await _exactly(sock, len(SIGNATURE))
@@ -96,7 +118,11 @@ async def read_proxy_header(sock: socket.socket) -> Origin:
         command, family, length = struct.unpack("!BBH", await _exactly(sock, 4))
         if length > MAX_V2_REST:
             raise ProxyFault("too long")
-        return parse_v2(command, family, await _exactly(sock, length))
+        rest = await _exactly(sock, length)
+        origin = parse_v2(command, family, rest)
+        if not origin.local:
+            check_sum(first + struct.pack("!BBH", command, family, length) + rest, 16 + _ADDRESS_BYTES[family])
+        return origin
     if not first.startswith(b"PROXY "):
         raise ProxyFault("a first line that is no PROXY header")
     line = first
