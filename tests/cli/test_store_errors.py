@@ -9,7 +9,7 @@ from contextlib import closing
 
 import pytest
 
-from lab.daemon import Home
+from lab.daemon import Home, free_port, listener, upstream
 from malote.errors import ExitCode
 from malote.store.database import _HINTS, _TEXTS
 
@@ -70,3 +70,20 @@ def test_libraries_write_nothing_to_the_terminal(kept: Home) -> None:
                           "PYTHONPATH": ":".join(sys.path)})
     assert b"secret" not in done.stdout + done.stderr
     assert b"malote: the store comes from another machine" in done.stderr
+
+
+def test_a_store_put_back_from_a_copy_is_renewed(home: Home) -> None:
+    """Its numbers would be given out again, and what it saw since would be fresh: new numbers, nothing before now is trusted."""
+    home.configure(listener(free_port()) + upstream(1, None))
+    missing = home.malote("store", "renew")
+    assert (missing.returncode, b"there is no store yet" in missing.stderr) == (ExitCode.STORE, True)
+    assert not (home.root / "store").exists()
+    home.keys("new", "--algorithm", "ed25519", "alice@test.example")
+    mail = b"From: alice@test.example\r\nTo: alice@test.example\r\n\r\nnote\r\n"
+    assert home.malote("seal", stdin=mail).returncode == 0
+    with closing(sqlite3.connect(home.root / FILE)) as raw:
+        assert raw.execute("SELECT count(*) FROM device").fetchone() == (1,)
+        done = home.malote("store", "renew")
+        assert (done.returncode, done.stdout, b"UNVERIFIABLE" in done.stderr) == (0, b"", True)
+        assert raw.execute("SELECT count(*) FROM device").fetchone() == (0,)
+        assert raw.execute("SELECT recipient, sender, before_ms > 1790000000000 FROM distrust").fetchall() == [("", "", 1)]

@@ -167,7 +167,7 @@ async def test_a_wrong_clock_stops_sending(store: Store, intent: Make, now_ms: i
         await store.begin_send(intent(BOB, content=b"3", now_ms=now_ms - DAY_MS - 1000))
     with pytest.raises(ClockWrong):
         await store.begin_send(intent(BOB, content=b"4", now_ms=1_700_000_000_000))
-    await store.renew_streams()
+    await store.renew(now_ms)
     after = await store.begin_send(intent(BOB, content=b"5", now_ms=now_ms + 1))
     assert after.row(BOB).serial == 1
 

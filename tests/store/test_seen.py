@@ -104,6 +104,14 @@ async def test_a_gateway_card_pins_its_domain(store: Store, claim: Make, now_ms:
     assert (await store.judge(claim(), Arrival(now_ms), LIMITS)).judgement.verdict is Verdict.UNVERIFIABLE
 
 
+async def test_a_store_put_back_from_a_copy(store: Store, claim: Make, now_ms: int) -> None:
+    """What it had seen since the copy was made may come again: nothing sent before it was put back is fresh."""
+    await store.renew(now_ms)
+    old = await store.judge(claim(sent_at_ms=now_ms), Arrival(now_ms + 1000), LIMITS)
+    new = await store.judge(claim(2, sent_at_ms=now_ms + 1), Arrival(now_ms + 1000), LIMITS)
+    assert (old.judgement.verdict, new.judgement.verdict) == (Verdict.UNVERIFIABLE, Verdict.FRESH)
+
+
 @pytest.mark.parametrize("whom", [{}, {"recipient": "bob@b.example"}, {"sender": "anna@a.example"},
                                   {"recipient": "bob@b.example", "sender": "anna@a.example"}])
 async def test_distrust(store: Store, claim: Make, now_ms: int, whom: dict[str, str]) -> None:

@@ -212,7 +212,7 @@ async def clock_probe(store: Store | None, newest: Mapping[str, int]) -> Finding
         latest = max((entry.at_ms for entry in await store.recent_outcomes(1)), default=0)
         if latest > now + CLOCK_SECONDS * 1000:
             yield Finding("clock", State.FAULT, f"is before what malote last did, on {show_date(latest)}",
-                          "set the clock; timedatectl set-ntp true")
+                          "set the clock: timedatectl set-ntp true; if it was wrong then, and is right now: malote store renew")
             return
     ahead = [name for name, at_ms in newest.items() if at_ms > now + CLOCK_SECONDS * 1000]
     if ahead:

@@ -1,4 +1,4 @@
-"""`malote store`: moving it to another database."""
+"""`malote store`: moving it to another database, and going on with an old copy of it."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from malote.cli.keystore import change_store, now_ms, store_exists
 from malote.cli.settings import Settings, is_missing
 from malote.database_url import parse_url
 from malote.errors import StoreUnavailable
@@ -24,7 +25,7 @@ from malote.store.migrate import RUN_LOCK
 LOCKS = (RUN_LOCK, "")        # the daemon's, and that of `malote keys`, which is the directory itself
 
 
-@click.group(short_help="Move the store to another database.")
+@click.group(short_help="Move the store to another database; go on with an old copy.")
 def store() -> None:
     """What must survive: cards, locked keys, numbers, what has been seen."""
 
@@ -59,6 +60,20 @@ def migrate(settings: Settings, target: str, password_file: Path | None, ca_file
     key = "path" if isinstance(place, Path) else "url"
     click.echo(f"malote: every row is there and equal; now set store.{key} and start malote\n"
                "        never start it with the old store again", err=True)
+
+
+@store.command(short_help="After an old copy was put back, or the clock was wrong by days.")
+@click.pass_obj
+def renew(settings: Settings) -> None:
+    """Begin new numberings, and call nothing FRESH that was sent before now.
+
+    Run this when the store was put back from a copy, before malote starts with it: it does not know what was sent and seen since
+    then. Also when the clock was ahead by more than a day and malote has sealed mail meanwhile. Cards and keys stay as they are.
+    """
+    if not store_exists(settings):
+        raise StoreUnavailable("there is no store yet, nothing was done", hint="see store.path, store.url and --config")
+    change_store(settings, lambda store: store.renew(now_ms()))
+    click.echo("malote: new numberings begin; mail sent before now is UNVERIFIABLE instead of FRESH", err=True)
 
 
 def _place(target: str, password_file: Path | None, ca_file: Path | None) -> Place:

@@ -160,7 +160,8 @@ _TEXTS: dict[int | None, str] = {
 
 
 _AGAIN = "try again in a moment; malote run or another command is writing to it"
-_RESTORE = "put a copy of it in the place of store.path, or begin anew with malote keys restore (docs/operating.md, Backup)"
+_RESTORE = ("put a copy of it in the place of store.path and run malote store renew, or begin anew with malote keys restore "
+            "(docs/operating.md, Backup)")
 _HINTS: dict[int | None, str] = {
     sqlite3.SQLITE_FULL: "make room on that disk, then try again",
     sqlite3.SQLITE_BUSY: _AGAIN,

@@ -46,7 +46,8 @@ def _migrate(engine: Engine, file: Path, made: Path) -> None:
             _keep_copy(file, version)
         elif made.exists():
             raise StoreUnavailable("the store is gone or empty, and nothing was put in its place",
-                                   hint=f"put a copy of it back (docs/operating.md, Backup), or begin anew: rm {made}")
+                                   hint="put a copy of it back and run malote store renew (docs/operating.md, Backup), "
+                                        f"or begin anew: rm {made}")
         with _nobody_runs(file.parent):
             upgrade(connection)
         log.info("store schema is now version %s", CURRENT)

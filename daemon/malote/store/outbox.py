@@ -98,7 +98,7 @@ def begin_send(db: Db, intent: SendIntent, owner: bytes = b"", tenure: members.T
     """
     key = journal_key(intent)
     if intent.now_ms < BUILD_DATE_MS:
-        raise ClockWrong("the clock of this machine is before this version was made")
+        raise ClockWrong("the clock of this machine is before this version was made", hint="timedatectl set-ntp true")
     if db.distant and (plan := _begin_new(db, intent, key, owner, tenure)) is not None:
         return plan
     known: dict[str, Row] = {row[0]: row for row in db.rows(_FIND, {"key": key})}
@@ -147,7 +147,8 @@ def _begin_new(db: Db, intent: SendIntent, key: bytes, owner: bytes, tenure: mem
 def _check_clock(now_ms: int, sent_at_ms: int) -> None:
     """Raises `ClockWrong`; then nothing of this is committed."""
     if now_ms < sent_at_ms - 1 - DAY_MS:
-        raise ClockWrong("the clock of this machine is more than a day before the last message that it signed")
+        raise ClockWrong("the clock of this machine is more than a day before the last message that it signed",
+                         hint="set it; if it was wrong then and is right now: malote store renew")
 
 
 def _at_it(rows: Iterable[Row], owner: bytes, now_ms: int) -> set[bytes]:

@@ -296,9 +296,10 @@ class Store:
         else:
             self._held.accept(plan, outcomes, now_ms)
 
-    async def renew_streams(self) -> None:
-        """Begin new numberings: for a store restored from a backup, or after the clock was wrong by days."""
-        await self._writer.write(outbox.renew_streams)
+    async def renew(self, now_ms: int) -> None:
+        """Begin new numberings, and call nothing FRESH that was sent before: for a store put back from a copy, or after the
+        clock was wrong by days."""
+        await self._writer.write(lambda db: _renew(db, now_ms))
 
     async def is_served(self, recipient: str) -> bool:
         """Whether a client may come again with a message that this recipient has had: it has not proved that it read our 250, or
@@ -515,11 +516,16 @@ def _prepare(db: Db, machine_id: bytes, now_ms: int) -> dict[str, bytes]:
             cards.put_meta(db, "host", host)
         if known is not None and known != host:
             log.warning("the store comes from another machine: new numberings begin, mail sent before now is not called fresh")
-            outbox.renew_streams(db)
+            _renew(db, now_ms)
             for name in MACHINE_KEYS:
                 cards.drop_local_key(db, name)
-            seen.add_distrust(db, now_ms, "", "")
     return keys
+
+
+def _renew(db: Db, now_ms: int) -> None:
+    """After a loss of state: what was given out or seen since the state that there is may come again."""
+    outbox.renew_streams(db)
+    seen.add_distrust(db, now_ms, "", "")
 
 
 def _prepare_shared(db: Db, node: bytes) -> dict[str, bytes]:
@@ -544,8 +550,7 @@ def _greet(db: Db, server: bytes) -> None:
     if known is not None:
         log.warning("the database server was replaced or recovered: new numberings begin, "
                     "mail sent before now is not called fresh")
-        outbox.renew_streams(db)
-        seen.add_distrust(db, time.time_ns() // 1_000_000, "", "")
+        _renew(db, time.time_ns() // 1_000_000)
         skip_rows(db)
 
 
