@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from email import message_from_bytes
 from pathlib import Path
 
@@ -79,3 +80,22 @@ async def test_a_line_that_breaks_between_two_answers(is_sealed: bool, tmp_path:
     assert len(again) == 2      # it was taken before the line broke; nobody can know
     if is_sealed:
         assert "notes=AGAIN" in " ".join(str(message_from_bytes(again[1])["Malote-Verdict"]).split())
+
+
+async def test_two_nodes_on_one_postgresql_make_one_of_the_same_mail_fresh(postgres_url: str, tmp_path: Path) -> None:
+    """Each of them has a memory of its own and the store in common: who comes second is told to wait, or that it is a repeat."""
+    identities = {PEOPLE[0]: person(PEOPLE[0])}
+    async with ScriptedLmtp(slow=0.2) as peer:
+        nodes = [House(tmp_path / name, peer.port, identities=identities, place=postgres_url) for name in ("one", "two")]
+        nodes[1].sender = nodes[0].sender
+        async with nodes[0].running(), nodes[1].running(card=False):
+            for count in range(1, 4):
+                raw = sealed_for(nodes[0], PEOPLE[:1], note(str(count), to=PEOPLE[0]), serial=count)
+                answers = await asyncio.gather(*(Lmtp(node.port).send(raw, PEOPLE[0]) for node in nodes * 2))
+                said = [code for each in answers for code in codes(each)]
+                assert set(said) <= {250, 451}
+                assert codes(await Lmtp(nodes[count % 2].port).send(raw, PEOPLE[0])) == [250]
+                fresh = verdicts([message_from_bytes(each) for each in peer.messages[PEOPLE[0]]])
+                assert fresh == ["FRESH"] * count
+                assert len(peer.messages["quarantine@test.example"]) == said.count(250)     # all but the first, and the last
+                peer.messages["quarantine@test.example"].clear()

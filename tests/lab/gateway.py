@@ -28,7 +28,7 @@ from malote.smtp.budget import MemoryBudget
 from malote.smtp.listener import Listener, server_settings
 from malote.smtp.open_connections import Connections
 from malote.smtp.relay import Upstream
-from malote.store import Level, Store
+from malote.store import Level, PostgresPlace, Store
 
 NAME = "gw.test.example"
 
@@ -52,6 +52,7 @@ class House:
     sender: Sender = field(default_factory=Sender)
     identities: Mapping[str, Identity] = field(default_factory=dict)
     port: int = 0
+    place: str = ""                                 # of the store, where it is a database
     store: Store = field(init=False)
     connections: Connections = field(init=False)
     turns: Turns = field(init=False)
@@ -65,7 +66,7 @@ class House:
     @contextlib.asynccontextmanager
     async def running(self, *, card: bool = True) -> AsyncIterator[House]:
         """May be entered again after it was left: then it is a restart."""
-        self.store = await Store.open(self.directory)
+        self.store = await Store.open(PostgresPlace(self.place) if self.place else self.directory)
         if card:
             await self.trust(self.sender.identity)
         config = self.config()
