@@ -8,12 +8,12 @@ import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import structlog
 
 from malote.config import AccountConfig, Config
-from malote.credentials import account_password
+from malote.credentials import account_password, trusted_gateways
 from malote.errors import ConfigError, FormatError, MaloteError
 from malote.identities import Keyring
 from malote.incoming.account import account_addresses, account_keys, device_name
@@ -180,7 +180,8 @@ class Accounts:
         tenure = self._membership.tenure if self._membership is not None else None
         watcher = Watcher(account, store=self._store, device=device, password=lambda: account_password(account),
                           may_act=None if tenure is None else lambda: tenure.seconds_left > LAST_SECONDS,
-                          keys=lambda: account_keys(self._keyring.identities.values(), addresses), log_addresses=log_addresses)
+                          keys=lambda: replace(account_keys(self._keyring.identities.values(), addresses),
+                                               trusted=trusted_gateways(account)), log_addresses=log_addresses)
         task = asyncio.create_task(self._keep_watching(watcher.run, account.name), name=f"watch {account.name}")
         return Watched(account, log_addresses, watcher, task)
 
