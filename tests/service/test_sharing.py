@@ -215,3 +215,52 @@ def test_mailboxes_are_shared_and_taken_over(home: Home, lab: Lab, dovecot: Dove
         daemon.until(lambda: all(verdicts(dovecot, user) == ["FRESH"] * 2 for user in users), "all is opened again")
         assert daemon.stop() == 0
     assert all(verdicts(dovecot, user) == ["FRESH"] * 2 for user in users)
+
+
+@pytest.mark.long
+async def test_a_node_that_was_frozen_finds_its_work_done_by_another(
+    tmp_path: Path, lab: Lab, dovecot: Dovecot, postgres_url: str,
+) -> None:
+    """SIGSTOP, as a machine that is suspended: in the middle of a message, and while it watches a mailbox. Another node takes
+    both over within a minute; when the first goes on, it sends and opens nothing once more, and lets go."""
+    user = f"box{time.monotonic_ns()}@test.example"
+    dovecot.add_users([user])
+    homes, ports = [Home(tmp_path / f"node{number}") for number in range(2)], [free_port(), free_port()]
+    frozen: list[Daemon] = []
+
+    def script(at: str, _argument: str, _count: int) -> bool:
+        if at == "DATA" and not frozen:
+            frozen.append(nodes[0])
+            nodes[0].signal(signal.SIGSTOP)
+        return False
+    async with Upstream(script) as server, AsyncExitStack() as stack:
+        for home, port in zip(homes, ports, strict=True):
+            home.configure(listens(port) + upstream(server.port, None) + account(user, dovecot.imaps_port, lab.certificate, home),
+                           store=f'url = "{postgres_url}"')
+        for address in (ALICE, BOB, user):
+            await asyncio.to_thread(homes[0].keys, "new", address, "--algorithm", "ed25519")
+        nodes = [await stack.enter_async_context(running(homes[0]))]
+        await asyncio.to_thread(nodes[0].wait_for_log, "account taken")
+        nodes.append(await stack.enter_async_context(running(homes[1])))
+        content = text(ALICE)
+
+        def lose() -> None:
+            with pytest.raises(OSError), smtplib.SMTP(HOST, ports[0], timeout=2) as client:
+                client.sendmail(ALICE, [BOB], content)
+        await asyncio.to_thread(lose)
+        assert frozen
+        assert not server.messages
+        while (await asyncio.to_thread(submit, ports[1], ALICE, [BOB], content, polite=False)).code != 250:
+            await asyncio.sleep(1)
+        await asyncio.to_thread(nodes[1].until, lambda: len(nodes[1].records("account taken")) == 1, "the mailbox is taken over")
+        assert len(server.messages) == 1
+        await asyncio.to_thread(put, dovecot, homes[1], user)
+        await asyncio.to_thread(nodes[1].until, lambda: verdicts(dovecot, user) == ["FRESH"], "opened by the second")
+        nodes[0].signal(signal.SIGCONT)
+        await asyncio.to_thread(nodes[0].wait_for_log, "others may have taken over|may take over")
+        await asyncio.sleep(8)      # more than a look at the shares
+        assert len(server.messages) == 1, "sent twice"
+        assert verdicts(dovecot, user) == ["FRESH"]
+        assert len(nodes[0].records("account taken")) == 1, "the first has taken it back from a node that lives"
+        assert (await asyncio.to_thread(submit, ports[0], ALICE, [BOB], text(ALICE, message_id="<new@test.example>"))).code == 250
+        assert [await asyncio.to_thread(node.stop) for node in nodes] == [0, 0]

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import os
+import pty
 import signal
 import smtplib
 import socket
+import subprocess
 import time
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 
 import pytest
 
-from lab.daemon import PASSPHRASE, Daemon, Home, free_port, listener, rule, upstream
+from lab.daemon import MALOTE, PASSPHRASE, Daemon, Home, free_port, listener, rule, upstream
 from lab.servers import HOST, PASSWORD, Dovecot, Lab, Postfix
 from malote.errors import ExitCode
 from malote.smtp.budget import MemoryBudget
@@ -92,6 +94,37 @@ def test_the_keys_are_unlocked_once_and_shown_to_nobody(home: Home, port: int) -
             shown = Path(f"/proc/{pid}/cmdline").read_bytes() + Path(f"/proc/{pid}/environ").read_bytes()
             assert PASSPHRASE.encode() not in shown
         assert daemon.stop() == 0
+
+
+def test_who_starts_it_by_hand_is_asked_once(home: Home, port: int) -> None:
+    """keys.unlock = "prompt": one question on the terminal, however many workers there are and are started again."""
+    home.keys("new", ANNA, "--algorithm", "ed25519")
+    home.config.write_text(home.config.read_text().replace('unlock = "file"', 'unlock = "prompt"'))
+    master, slave = pty.openpty()
+    daemon = home.daemon()
+    with daemon.log.open("wb") as log:      # setsid: the terminal becomes its own
+        daemon.process = subprocess.Popen(("setsid", "-c", *MALOTE, "--config", str(home.config), "run"), stdin=slave, stdout=log,
+                                          stderr=log, env={**os.environ, "NOTIFY_SOCKET": str(home.root / "notify")})
+    os.close(slave)
+    shown = b""
+    try:
+        while not shown.endswith(b": "):
+            shown += os.read(master, 1000)
+        os.write(master, PASSPHRASE.encode() + b"\n")
+        with daemon:
+            assert [line["identities"] for line in daemon.records("ready") if "worker" in line] == [1, 1]
+            os.kill(daemon.workers[0], signal.SIGKILL)
+            daemon.until(lambda: len(daemon.records("ready")) == 4, "it is started again")
+            assert daemon.records("ready")[-1]["identities"] == 1
+            os.set_blocking(master, False)
+            with suppress(BlockingIOError):
+                shown += os.read(master, 1000)
+            assert daemon.stop() == 0
+        assert shown.count(b"Passphrase") == 1
+        assert PASSPHRASE.encode() not in shown
+    finally:
+        daemon.__exit__()
+        os.close(master)
 
 
 def test_one_worker_is_killed_and_the_others_go_on(home: Home, port: int) -> None:

@@ -519,6 +519,19 @@ async def test_tables_that_change_under_an_open_store(
     assert (await store.begin_send(intent(BOB, content=b"two"))).row(BOB).serial == 2
 
 
+async def test_a_pooler_is_said(postgres: Postgres) -> None:
+    """pgbouncer answers so to settings that it does not know, instead of making the connection."""
+    async def refuse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readexactly(int.from_bytes(await reader.readexactly(4)) - 4)
+        fields = b"SFATAL\0C08P01\0Munsupported startup parameter: lock_timeout\0\0"
+        writer.write(b"E" + (len(fields) + 4).to_bytes(4) + fields)
+        writer.close()
+    server = await asyncio.start_server(refuse, "127.0.0.1", 0)
+    async with server:
+        with pytest.raises(StoreUnavailable, match="pooler"):
+            await Store.open(f"postgresql://malote@127.0.0.1:{server.sockets[0].getsockname()[1]}/malote")
+
+
 async def test_a_missing_database_is_said(postgres: Postgres) -> None:
     with pytest.raises(StoreUnavailable, match="no such database") as caught:
         await Store.open(postgres.url("nowhere"))

@@ -292,6 +292,8 @@ _TEXTS = {
     "55P03": ("the store is locked by another process", "try again in a moment"),
     "57P03": ("the database server is starting or stopping", "try again in a moment"),
     "57": ("the database server ended the connection", "try again in a moment"),
+    "08P01": ("the database server, or a pooler in front of it, refuses the settings of malote's connections",
+              "store.url must name the server itself"),
     "08": ("the connection to the database server was lost", "try again in a moment"),
     "58": ("the database server reports an error of its system", ""),
     "XX": ("the database is damaged", "see the log of the database server"),
