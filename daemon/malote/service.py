@@ -123,7 +123,7 @@ class Service:
         self._connections = Connections(self.config.limits.connections)
         if self.post is not None:
             self._budget.shared = self.post.siblings.memory(self.post.slot)
-            self._connections.shared = self.post.siblings.connections(self.post.slot)
+            self._connections.share(self.post.siblings, self.post.slot)
         self._gateways = Gateways(self.store, self.keyring, connections=self._connections, budget=self._budget, host=self.host,
                                   clock=now_ms, sockets=self._given_sockets, slot=self.slot or 0)
         self._hear_signals()

@@ -7,7 +7,7 @@ import contextlib
 import grp
 import os
 import stat
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,8 @@ from malote.errors import ConfigError
 from malote.smtp import open_connections, rates
 from malote.smtp.networks import Networks, client_key
 from malote.smtp.rates import Rate
+from malote.smtp.shared_table import SharedTable
+from malote.smtp.siblings import Siblings
 from malote.smtp.sockets import bind, close_all
 
 
@@ -128,13 +130,68 @@ def test_in_no_minute_more_than_twice_the_rate_and_never_less_than_it(per_minute
         assert sum(when <= other < when + 60 for other in taken) <= 2 * per_minute
 
 
-def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rates, "MAX_KEYS", 100)
+def test_what_is_remembered_is_bounded_and_the_newest_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rates, "ROWS", 4)
     rate = Rate(1)
     for number in range(1000):
-        rate.take(str(number), number * 0.01)
-    assert len(rate._paid_at) <= 100
-    assert not rate.take("999", 10.0)
+        assert rate.take(str(number), number * 0.01)
+    assert sum(not rate.take(str(number), 10.0) for number in range(1000)) <= 4 * 8
+    assert rate.take("another", 10.0)
+    assert not rate.take("another", 10.0)
+
+
+@given(st.lists(st.tuples(st.sampled_from("abcdefgh"), st.integers(0, 9))))
+def test_a_table_of_eight_keys_is_a_table(changes: list[tuple[str, int]]) -> None:
+    table, expected = SharedTable(1), dict[str, int]()
+    for key, number in changes:
+        table.set(key, number)
+        expected[key] = number
+    assert {key: table.get(key) for key in "abcdefgh"} == {key: expected.get(key, 0) for key in "abcdefgh"}
+    table.clear()
+    assert table.get("a") == 0
+
+
+def in_a_child(work: Callable[[], bool]) -> bool:
+    """What that says in a process forked here."""
+    child = os.fork()
+    if not child:
+        os._exit(work())
+    return bool(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+
+
+def test_workers_count_together() -> None:
+    """Or a client might do as much at each. What a worker held is free when it has died."""
+    siblings = Siblings(3)
+    siblings.rates.renew(LimitsConfig(login_messages_per_minute=2))
+    assert in_a_child(lambda: siblings.rates.login_messages.take("anna", 1000.0))
+    assert siblings.rates.login_messages.take("anna", 1000.0)
+    assert not in_a_child(lambda: siblings.rates.login_messages.take("anna", 1000.0))
+    assert in_a_child(lambda: siblings.rates.login_messages.take("uwe", 1000.0))
+
+    one, other = siblings.clients(0), siblings.clients(1)
+    one.set("192.0.2.1", 2)
+    other.set("192.0.2.1", 1)
+    assert (one.others("192.0.2.1"), other.others("192.0.2.1"), siblings.clients(2).others("192.0.2.1")) == (1, 2, 3)
+    siblings.clear(0)
+    assert other.others("192.0.2.1") == 0
+
+
+async def test_connections_of_one_client_at_all_workers_together() -> None:
+    siblings = Siblings(2)
+    async with serving(RecordingDesk()) as first, serving(RecordingDesk()) as second:
+        for slot, server in enumerate((first, second)):
+            server.connections.share(siblings, slot)
+            limited(server, client_connections=2)
+        async with client_from(first, "127.0.0.5") as one, client_from(second, "127.0.0.5") as two:
+            for client in (one, two):
+                assert (await client.reply()).startswith("220")
+            async with client_from(first, "127.0.0.5") as third, client_from(first, "127.0.0.6") as another:
+                assert (await third.reply()).startswith("421 4.7.0 Too many connections from your address, at most 2")
+                assert (await another.reply()).startswith("220")
+        await until(lambda: not len(second.connections) and not len(first.connections))
+        async with client_from(first, "127.0.0.5") as one, client_from(first, "127.0.0.5") as two:
+            for client in (one, two):
+                assert (await client.reply()).startswith("220")
 
 
 async def test_messages_of_a_client_and_recipients_have_replies_that_say_when() -> None:
@@ -172,7 +229,8 @@ async def test_messages_of_a_login_are_counted_wherever_it_comes_from() -> None:
 async def test_without_rates_nothing_is_counted() -> None:
     async with serving(RecordingDesk()) as server, connected(server) as client:
         await client.begin()
-        assert all(not rate._paid_at for rate in vars(server.connections.rates).values())
+        for rate in vars(server.connections.rates).values():
+            assert bytes(rate._paid_at._memory).strip(b"\0") == b""
 
 
 # ---- connections

@@ -315,9 +315,10 @@ def test_a_second_service_on_the_same_store_is_exit_code_2(home: Home, port: int
         assert daemon.stop() == 0
 
 
-def test_the_limit_on_connections_is_one_for_all_workers(home: Home, port: int) -> None:
+@pytest.mark.parametrize("limit", ["connections", "client_connections"])
+def test_a_limit_on_connections_is_one_for_all_workers(home: Home, port: int, limit: str) -> None:
     """However they are spread; and what a killed worker had open does not count any more."""
-    home.config.write_text(home.config.read_text() + "[limits]\nconnections = 5\n")
+    home.config.write_text(home.config.read_text() + f"[limits]\n{limit} = 5\n")
     with home.daemon() as daemon:
         clients = [smtplib.SMTP(HOST, port) for _ in range(5)]
         with pytest.raises(smtplib.SMTPConnectError) as refused:

@@ -10,7 +10,7 @@ from malote.config import LimitsConfig
 from malote.errors import Reply
 from malote.smtp.desk import Desk
 from malote.smtp.rates import Rates
-from malote.smtp.siblings import SharedNumber
+from malote.smtp.siblings import SharedClients, SharedNumber, Siblings
 
 IDLE_SECONDS = 10.0     # who has waited that long between two messages makes room when all places are taken
 FULL = Reply(421, "4.3.2", "Too many connections, try again later")
@@ -53,7 +53,9 @@ class Connections:
         self.limit = limit
         self.per_client = 0
         self.rates = Rates()
-        self.shared: SharedNumber | None = None     # with the other workers of the service: `limit` is for all of them
+        # with the other workers of the service, for all of which the limits are
+        self._shared: SharedNumber | None = None
+        self._shared_clients: SharedClients | None = None
         self._open: dict[OpenConnection, str] = {}
         self._clients: Counter[str] = Counter()
 
@@ -62,10 +64,14 @@ class Connections:
         self.per_client = limits.client_connections
         self.rates.renew(limits)
 
+    def share(self, siblings: Siblings, slot: int) -> None:
+        """Before the first connection."""
+        self._shared, self._shared_clients, self.rates = siblings.connections(slot), siblings.clients(slot), siblings.rates
+
     def admit(self, connection: OpenConnection, client: str) -> Reply | None:
         """The refusal if there are too many. `client`: whom it counts for, "" for nobody (networks.client_key)."""
         loop = asyncio.get_running_loop()
-        if client and self.per_client and self._clients[client] >= self.per_client:
+        if client and self.per_client and self._of_client(client) >= self.per_client:
             return Reply(421, "4.7.0", f"Too many connections from your address, at most {self.per_client}; close some")
         if not self.rates.client_connections.take(client, loop.time()):
             return Reply(421, "4.7.0", "Too many connections from your address within a minute, try again later")
@@ -73,7 +79,7 @@ class Connections:
             return FULL
         self._open[connection] = client
         self._clients[client] += 1
-        self._tell()
+        self._tell(client)
         return None
 
     def _make_room(self, client: str, now: float) -> bool:
@@ -95,9 +101,9 @@ class Connections:
 
     def discard(self, connection: OpenConnection) -> None:
         client = self._open.pop(connection, None)
-        self._tell()
         if client is not None:
             self._clients[client] -= 1
+            self._tell(client)
             if not self._clients[client]:
                 del self._clients[client]
 
@@ -105,11 +111,16 @@ class Connections:
         return len(self._open)
 
     def _of_all(self) -> int:
-        return len(self._open) if self.shared is None else len(self._open) + self.shared.others()
+        return len(self._open) if self._shared is None else len(self._open) + self._shared.others()
 
-    def _tell(self) -> None:
-        if self.shared is not None:
-            self.shared.set(len(self._open))
+    def _of_client(self, client: str) -> int:
+        return self._clients[client] + (self._shared_clients.others(client) if self._shared_clients is not None else 0)
+
+    def _tell(self, client: str) -> None:
+        if self._shared is not None:
+            self._shared.set(len(self._open))
+        if self._shared_clients is not None and client:
+            self._shared_clients.set(client, self._clients[client])
 
     def desks(self) -> set[Desk]:
         """Those that an open connection still talks to."""

@@ -7,39 +7,34 @@ was quiet may do a whole minute's worth at once, and from then on as much as the
 from __future__ import annotations
 
 from malote.config import LimitsConfig
+from malote.smtp.shared_table import SharedTable
 
-MAX_KEYS = 50_000       # about 10 MB; beyond it who came first is forgotten
+ROWS = 16_384           # of eight keys: 2 MB, if that many come
 MINUTE = 60.0
 
 
 class Rate:
-    """At most `per_minute` for each key; 0: no limit."""
+    """At most `per_minute` for each key; 0: no limit. Processes forked since it was made count together."""
 
     def __init__(self, per_minute: int = 0) -> None:
         self.per_minute = per_minute
-        self._paid_at: dict[str, float] = {}
+        self._paid_at = SharedTable(ROWS)
 
     def take(self, key: str, now: float) -> bool:
-        """Count one. False: too many, and it is not counted. `now` in seconds of any steady clock; "" is nobody and unlimited."""
+        """Count one. False: too many, and it is not counted. `now` in seconds of a steady clock that all processes share; "" is
+        nobody and unlimited."""
         if not self.per_minute or not key:
             return True
-        paid_at = max(self._paid_at.get(key, now), now)
+        paid_at = max(self._paid_at.get(key), now)
         step = MINUTE / self.per_minute
         if paid_at - now > MINUTE - step + 1e-6:
             return False
-        if key not in self._paid_at and len(self._paid_at) >= MAX_KEYS:
-            self._forget(now)
-        self._paid_at[key] = paid_at + step
+        self._paid_at.set(key, paid_at + step)
         return True
-
-    def _forget(self, now: float) -> None:
-        self._paid_at = {key: paid_at for key, paid_at in self._paid_at.items() if paid_at > now}
-        while len(self._paid_at) >= MAX_KEYS:
-            del self._paid_at[next(iter(self._paid_at))]
 
 
 class Rates:
-    """All that are counted. One object for the life of the process: a reload changes the numbers and forgets nothing."""
+    """All that are counted. One object for the life of the service: a reload changes the numbers and forgets nothing."""
 
     def __init__(self) -> None:
         self.client_connections = Rate()
