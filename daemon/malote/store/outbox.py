@@ -20,7 +20,7 @@ from malote.store import members
 from malote.store.database import Db, Row
 from malote.store.postgres_statements import begin_new
 from malote.store.records import Outcome, SendIntent, SendPlan, SendRecipient, SendRow, SendState
-from malote.store.schema import Statement, device, journal, serial
+from malote.store.schema import SERVED, Statement, device, journal, serial
 
 DAY_MS = 86_400_000
 BUILD_DATE_MS = 1_795_392_000_000   # 2026-11-23: a clock before the time this was written is wrong; raised at each release
@@ -43,8 +43,7 @@ _WRITE = Statement(insert(journal).values({column: bindparam(column) for column 
     # not what another process wrote since we looked: SQLite has one writer at a time, PostgreSQL several
 }, where=journal.c.attempt == bindparam("attempt") - 1).returning(journal.c.attempt))
 _KNOWN = Statement(select(journal.c.state).where(journal.c.key == bindparam("key")).limit(1))
-_SERVED = Statement(select(journal.c.state).where(
-    journal.c.recipient == bindparam("recipient"), journal.c.state == int(SendState.ACCEPTED)).limit(1))
+_SERVED = Statement(select(journal.c.state).where(journal.c.recipient == bindparam("recipient"), SERVED).limit(1))
 _ACCEPT_PLAIN = Statement(insert(journal).values({column: bindparam(column) for column in (
     "key", "recipient", "state", "attempt", "submission_id", "first_at_ms", "changed_at_ms", "reply",
 )}).on_conflict_do_update(index_elements=["key", "recipient"], set_={
@@ -207,8 +206,7 @@ def is_known(db: Db, key: bytes) -> bool:
 
 
 def is_served(db: Db, recipient: str) -> bool:
-    """Whether there is a message that it got, or whose failure was told, of which a client may not know. Looks through the whole
-    journal, which holds little else."""
+    """Whether there is a message that it got, or whose failure was told, of which a client may not know."""
     return db.row(_SERVED, {"recipient": recipient}) is not None
 
 
