@@ -179,6 +179,12 @@ async def test_what_is_put_off_stays_in_its_order(store: Store, intent: Make, no
         assert (await store.begin_send(send)).row(BOB).state is SendState.ACCEPTED
         store.forget_send(plan)
 
+    plan = await store.begin_send(send)
+    store.forget_send(plan)
+    store.finish_send_later(plan, TAKEN, now_ms)
+    store.forget_send(plan)             # all three in one transaction
+    assert (await store.begin_send(send)).row(BOB).state is SendState.NEW
+
     def faulty(db: Db) -> None:
         db.many(Statement(text("INSERT INTO meta (name, value) VALUES (:name, :value)")), [{"name": "x", "value": "text"}] * 2)
     plan = await store.begin_send(send)
