@@ -16,6 +16,7 @@ from urllib.parse import quote
 import asyncpg
 import pytest
 from sqlalchemy import text
+from sqlalchemy.ext.asyncio import create_async_engine
 
 from lab.postgres import PASSWORD, Postgres
 from lab.servers import Lab
@@ -24,7 +25,9 @@ from malote.database_url import parse_url
 from malote.errors import ConfigError, StoreUnavailable
 from malote.store import Outcome, OutcomeEntry, PostgresPlace, SendIntent, SendState, Store, cards
 from malote.store.database import Db
-from malote.store.schema import CURRENT, Statement
+from malote.store.migrate import upgrade
+from malote.store.postgres import LOCK_RUNNING, LOCKS
+from malote.store.schema import CURRENT, REVISIONS, Statement
 
 BOB, CAROL = "bob@b.example", "carol@c.example"
 TAKEN = {BOB: (Outcome.ACCEPTED, "250 2.0.0 queued")}
@@ -240,6 +243,29 @@ async def test_many_open_a_new_database_at_once(postgres_url: str) -> None:
     assert len({await store.local_key("mine") for store in stores}) == 1
     for store in stores:
         await store.close()
+
+
+@pytest.mark.long
+async def test_nodes_of_a_new_version_start_at_the_same_moment(store_url: str) -> None:
+    """On tables of the version before: one brings them up to date, the others wait; none does while an older one is at work."""
+    engine = create_async_engine(store_url.replace("postgresql://malote@/", "postgresql+asyncpg://malote@/"))
+    async with engine.begin() as connection:
+        await connection.run_sync(upgrade, REVISIONS[-2])
+    await engine.dispose()
+    older = await asyncpg.connect(store_url)
+    await older.execute("SELECT pg_advisory_lock_shared($1::int, $2::int)", LOCKS, LOCK_RUNNING)
+    with pytest.raises(StoreUnavailable, match="another malote has it open") as caught:
+        await Store.open(store_url)
+    assert "stop malote on every node" in caught.value.hint
+    await older.close()
+    opening = "import asyncio, sys; from malote.store import Store; asyncio.run(Store.open(sys.argv[1]))"
+    nodes = [subprocess.Popen([sys.executable, "-c", opening, store_url], env={"PYTHONPATH": ":".join(sys.path)},
+                              stderr=subprocess.PIPE, text=True) for _ in range(3)]
+    for node in nodes:
+        _, told = await asyncio.to_thread(node.communicate)
+        assert node.returncode == 0, told
+    store = await Store.open(store_url, readonly=True)      # which refuses all but the current tables
+    await store.close()
 
 
 _NODE = """
