@@ -5,9 +5,11 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import itertools
 import re
+import types
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine, Generator
 from pathlib import Path
 from typing import Any
 
@@ -197,6 +199,60 @@ async def test_who_asked_not_to_be_notified_is_not(tmp_path: Path) -> None:
         done = await gw.submit(ALICE.address, list(PEOPLE), MESSAGE, rcpt={DAVE.address: ["NOTIFY=NEVER"]})
     assert done.code == 250
     assert all(message.sender for message in upstream.messages)
+
+
+# ---- given up in the middle
+
+
+@types.coroutine
+def given_up(work: Coroutine[Any, Any, Any], at: int, cut: list[int]) -> Generator[Any, Any, Any]:
+    """As the task of `work` that is cancelled when it goes on for the `at`th time. `cut`: gets the number if it came to that."""
+    for step in itertools.count():
+        try:
+            if step == at:
+                cut.append(at)
+                waits_for = work.throw(asyncio.CancelledError())
+            else:
+                waits_for = work.send(None)
+        except StopIteration as done:
+            return done.value
+        yield waits_for
+
+
+async def test_given_up_at_any_moment(tmp_path: Path) -> None:
+    """A message for four, one of them refused after the others were served, so that the sender is told: cancelled wherever it
+    waits. The client comes again; nobody has it as two messages, nothing leaves in clear, and there is one notification."""
+    for at in itertools.count():
+        cut: list[int] = []
+        first = True
+
+        def script(step: str, argument: str, number: int) -> Answer | bool:
+            mine = 4 if first else 4 + upstream.before  # type: ignore[attr-defined]  # noqa: B023
+            return "550 5.1.1 gone" if step == "RCPT" and "dave" in argument and number > mine else False
+        async with Upstream(script) as upstream, gateway(
+                tmp_path / f"gw{at}", upstream, config={"partial_failure": "relay"}) as gw:
+            real = gw.desk.data
+
+            async def data(*arguments: Any) -> Any:
+                return await given_up(real(*arguments), at, cut)  # noqa: B023
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(gw.desk, "data", data)
+                done = await gw.submit(ALICE.address, list(PEOPLE), MESSAGE, polite=False)
+            first, upstream.before = False, upstream.steps.count("RCPT")  # type: ignore[attr-defined]
+            assert done.code == (451 if cut else 250)
+            again = await gw.submit(ALICE.address, list(PEOPLE), MESSAGE, polite=False)
+            assert again.code == 250, at
+        told = {match[1] for message in upstream.messages
+                if not message.sender and (match := re.search(rb"Message-ID: (\S+)", message.content)) is not None}
+        assert len(told) == 1, at
+        upstream.messages = [message for message in upstream.messages if message.sender]
+        assert set(served(upstream)) == set(PEOPLE) - {DAVE.address}
+        for verdicts in (await fresh_for(tmp_path / f"receivers{at}", upstream)).values():
+            assert verdicts == ["FRESH"] + ["DUPLICATE"] * (len(verdicts) - 1)
+        assert b"the secret" not in upstream.wire
+        if not cut:
+            assert at > 8
+            break
 
 
 # ---- our own parts fail

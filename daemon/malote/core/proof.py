@@ -81,6 +81,7 @@ class Facts:
     outer_ids: Collection[str]          # of the thread, that the outside has seen
     kids: tuple[str, ...]               # one for each blob, in order; "": not shown
     payload: bytes | bytearray = field(repr=False)      # the sealed part in binary, as the sealer has it: a second witness
+    outer_id: str = ""                  # Message-ID of this copy, as its maker has it; "": not known
 
 
 def check_sealed(raw: bytes, facts: Facts) -> None:
@@ -116,7 +117,9 @@ def _check_header(head: re.Match[bytes], facts: Facts) -> None:
         _check_addresses("Cc", cc, facts.shown)
     if date != _date(facts.sent_at_ms // 1000):
         raise NotProven("Date")
-    if domain != facts.sender.rpartition("@")[2].encode() or f"<{unique.decode()}@{domain.decode()}>" == facts.message_id:
+    outer_id = f"<{unique.decode()}@{domain.decode()}>"
+    if (domain != facts.sender.rpartition("@")[2].encode() or outer_id == facts.message_id
+            or (facts.outer_id and outer_id != facts.outer_id)):
         raise NotProven("Message-ID")
     if in_reply_to is not None:
         _check_ids("In-Reply-To", in_reply_to, facts.outer_ids)

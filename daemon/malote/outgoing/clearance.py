@@ -82,11 +82,11 @@ class NoticeClearance:
             check_notice(bytes(content), self.sender, _header_facts(self.letter))
 
 
-def _header_facts(letter: Letter, kids: tuple[str, ...] = (), payload: bytes | bytearray = b"") -> Facts:
+def _header_facts(letter: Letter, kids: tuple[str, ...] = (), payload: bytes | bytearray = b"", outer_id: str = "") -> Facts:
     return Facts(
         sender=letter.sender_address, shown=letter.shown, sent_at_ms=letter.sent_at_ms, received=letter.received,
         original=letter.original, message_id=letter.message_id, outer_ids=letter.known_outer_ids.values(), kids=kids,
-        payload=payload)
+        payload=payload, outer_id=outer_id)
 
 
 def _facts(letter: Letter, recipients: Sequence[Recipient], copy: Copy, *, with_self: bool) -> Facts:
@@ -105,4 +105,6 @@ def _facts(letter: Letter, recipients: Sequence[Recipient], copy: Copy, *, with_
         if card is None:
             raise NotProven("a sealed copy for somebody without a card")
         kids.append(card.encryption_key(letter.sent_at_ms).id[:8].hex() if visible else "")
-    return _header_facts(letter, tuple(kids), copy.payload)
+    if not copy.outer_id:
+        raise NotProven("a sealed copy without a name")
+    return _header_facts(letter, tuple(kids), copy.payload, copy.outer_id)
