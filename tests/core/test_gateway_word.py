@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from malote.core import status
 from malote.core.freshness import Judgement, Verdict
-from malote.core.gateway_word import GatewayKey, GatewayWord, export_key, make_word, parse_keys, read_word
+from malote.core.gateway_word import GatewayWord, export_key, make_word, parse_keys, read_word
 from malote.errors import FormatError
 
 MASTER, OTHER = bytes(range(32)), bytes(32)
@@ -46,13 +46,17 @@ def test_only_who_has_the_key_of_the_address_can_say_it() -> None:
     assert not is_proven(delivered(), "@other.example")
     assert not is_proven(delivered(BEN), BEN, addresses=(ANNA,))          # said to somebody else
     assert not is_proven(delivered(BEN), "@test.example", addresses=(ANNA,))
-    forged = make_word_with(export_key(MASTER, ANNA), BEN)
-    assert not is_proven(forged, BEN, addresses=(BEN,))
 
 
-def make_word_with(key: GatewayKey, address: str) -> bytes:
-    """What the holder of one address's key can make for another: with his key in the place of a master."""
-    return delivered(address, masters=(key.key,))
+def test_each_address_and_each_domain_has_a_key_of_its_own() -> None:
+    """What one watcher holds is of no use against another: neither the same key, nor one from which the other follows."""
+    holders = (ANNA, BEN, "@test.example", "anna@other.example", "@other.example")
+    assert len({export_key(master, holder).key for holder in holders for master in (MASTER, OTHER)}) == 2 * len(holders)
+    own = export_key(MASTER, ANNA)
+    assert own.of(BEN) is None
+    assert export_key(MASTER, "@test.example").of(ANNA) == own.key
+    assert export_key(MASTER, "@test.example").of("anna@other.example") is None
+    assert not is_proven(delivered(BEN, masters=(own.key,)), BEN, addresses=(BEN,))
 
 
 def test_the_detail_of_an_address_is_the_same_mailbox() -> None:

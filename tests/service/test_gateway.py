@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import http.client
 import json
 import smtplib
 import socket
@@ -279,6 +281,26 @@ def test_a_reload_takes_the_listener_with_it(home: Home, dovecot: Dovecot, users
         assert greeting(other).startswith(b"500")
         with pytest.raises(ConnectionRefusedError):
             greeting(port)
+        assert daemon.stop() == 0
+
+
+def test_ready_counts_the_listener_and_the_server_behind_it(home: Home, dovecot: Dovecot) -> None:
+    """A balancer must not send mail to a gateway that cannot hand it on."""
+    port, metrics = free_port(), free_port()
+
+    def ready() -> int:
+        with contextlib.closing(http.client.HTTPConnection(HOST, metrics, timeout=20)) as client:
+            client.request("GET", "/readyz")
+            return client.getresponse().status
+
+    numbers = f"[metrics]\nport = {metrics}\n"
+    gateway(home, port, free_port(), limits="connections = 50\n" + numbers)
+    make_keys(home, "@test.example")
+    with home.daemon() as daemon:
+        assert ready() == 503
+        gateway(home, port, dovecot.lmtp_port, limits="connections = 50\n" + numbers)
+        daemon.reload()
+        daemon.until(lambda: ready() == 200, "ready")
         assert daemon.stop() == 0
 
 
