@@ -564,6 +564,18 @@ async def test_a_pooler_is_said(postgres: Postgres) -> None:
             await Store.open(f"postgresql://malote@127.0.0.1:{server.sockets[0].getsockname()[1]}/malote")
 
 
+async def test_missing_rights_are_said(postgres: Postgres) -> None:
+    """A database that belongs to somebody else, before and after there are tables in it."""
+    name = postgres.new_database()
+    postgres.execute("postgres", f"ALTER DATABASE {name} OWNER TO postgres")
+    with pytest.raises(StoreUnavailable, match="may not do what is needed") as caught:
+        await Store.open(postgres.url(name))
+    assert "must own the database" in caught.value.hint
+    await (await Store.open(postgres.url(name, user="postgres"))).close()
+    with pytest.raises(StoreUnavailable, match="may not do what is needed"):
+        await Store.open(postgres.url(name))
+
+
 async def test_a_missing_database_is_said(postgres: Postgres) -> None:
     with pytest.raises(StoreUnavailable, match="no such database") as caught:
         await Store.open(postgres.url("nowhere"))

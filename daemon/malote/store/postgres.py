@@ -15,6 +15,7 @@ from typing import Any
 
 import asyncpg
 from sqlalchemy import Connection, text
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.pool import NullPool
 from sqlalchemy.util import await_only
@@ -266,6 +267,8 @@ def unavailable(cause: BaseException) -> MaloteError:
     """What the caller gets for an error of the database. The cause stays for the log; its text goes nowhere else."""
     if isinstance(cause, MaloteError):
         return cause
+    if isinstance(cause, DBAPIError) and cause.orig is not None:    # of the migrations
+        cause = cause.orig.__cause__ or cause.orig
     state = getattr(cause, "sqlstate", None) or ("08" if isinstance(cause, _CUT) else "")
     words, hint = "the store cannot be used", ""
     if isinstance(cause, ssl.SSLCertVerificationError):
