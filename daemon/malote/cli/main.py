@@ -33,6 +33,7 @@ COMMANDS = {       # in the order in which they are first needed
     "store": "malote.cli.store:store",
     "audit": "malote.cli.audit:audit",
     "gateway": "malote.cli.gateway:gateway",
+    "users": "malote.cli.users:users",
     "completion": "malote.cli.completion:completion",
 }
 INTERRUPTED = 130   # as a shell has it: 128 + SIGINT

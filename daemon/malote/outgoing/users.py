@@ -71,6 +71,9 @@ class Users:
         usual = costs.most_common(1)[0][0] if costs else (MEMORY_KIB, ITERATIONS, LANES)
         self._nobody = PasswordHash(*usual, random_bytes(16), bytes(32))
 
+    def all(self) -> tuple[User, ...]:
+        return tuple(self._users.values())
+
     def get(self, login: str) -> User | None:
         return self._users.get(login)
 
@@ -92,13 +95,18 @@ def load_users(path: Path) -> Users:
     try:
         if path.stat().st_mode & (stat.S_IROTH | stat.S_IWOTH):
             raise ConfigError(f"{path}: others can read the password hashes in it, or change them", hint=f"chmod o= {path}")
-        lines = path.read_text("utf-8").splitlines()
+        text = path.read_text("utf-8")
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: is not UTF-8 text") from error
+    return parse_users(text, path)
+
+
+def parse_users(text: str, path: Path) -> Users:
+    """Raises `ConfigError` naming file and line."""
     users: dict[str, User] = {}
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(text.splitlines(), 1):
         if line.strip() and not line.startswith("#"):
             user = _parse_line(line.strip(), f"{path}: line {number}")
             if user.login in users:
