@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
-import logging
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TypeVar
 
-from sqlalchemy import column, select, table
-
 from malote.core.freshness import Arrival, Claim, FreshnessLimits, SeenRow
 from malote.core.primitives import hmac_sha256
 from malote.errors import LeaseLost, SentElsewhere, StoreUnavailable
 from malote.store import accounts, cards, members, outbox, places, seen
-from malote.store.database import Db, Reader, check_place, make_engine, unavailable
+from malote.store.database import Db, Reader
 from malote.store.held import Held
-from malote.store.migrate import bring_up_to_date, check_current, check_version
-from malote.store.places import PostgresPlace, database_place
-from malote.store.postgres_statements import skip_rows
+from malote.store.opening import after_loss, open_place
+from malote.store.places import PostgresPlace
 from malote.store.records import (
     Attempt,
     CardRecord,
@@ -38,14 +33,11 @@ from malote.store.records import (
     participant_mark,
     split_marks,
 )
-from malote.store.schema import CURRENT, Statement
-from malote.store.writer import Commits, Writer
+from malote.store.writer import Commits
 
 DAY_MS = 86_400_000
 CARD_CHECK_SECONDS = 0.5    # how old the cache of cards may be when another process changes one: seen within a second
-MACHINE_KEYS = ("device",)      # local keys that tell one machine's watcher from another's: a copied store must not keep them
 
-log = logging.getLogger("malote.store")
 T = TypeVar("T")
 
 
@@ -78,51 +70,9 @@ class Store:
         machine than before, or in a database whose server lost its place to another, begins new numberings and calls nothing
         FRESH that was sent before.
         """
-        own_id = places.machine_id() if machine_id is None else machine_id
-        if (database := database_place(place)) is not None:
-            return await cls._open_postgres(database, own_id, readonly=readonly)
-        directory = _directory(place)
-        try:
-            file = await asyncio.to_thread(check_place, directory, make=not readonly)
-            engine = make_engine(file, readonly=readonly)
-            await (asyncio.to_thread(check_version, engine) if readonly else asyncio.to_thread(bring_up_to_date, engine, file))
-            writer = Writer(engine, name="malote-store")
-        except StoreUnavailable:
-            raise
-        except Exception as error:
-            raise unavailable(error) from error
-        try:
-            if readonly:
-                return cls(writer, Reader(file), {})
-            now_ms = time.time_ns() // 1_000_000
-            keys = await writer.write(lambda db: _prepare(db, own_id, now_ms))
-        except BaseException:
-            await writer.close()
-            raise
-        return cls(writer, Reader(file), keys)
-
-    @classmethod
-    async def _open_postgres(cls, place: PostgresPlace, machine_id: bytes, *, readonly: bool) -> Store:
-        from malote.store import postgres  # here: who keeps the store in SQLite needs no driver
-        from malote.store.postgres_writer import PostgresWriter
-
-        try:
-            server = postgres.Server(place, readonly=readonly)
-            if (version := await postgres.stored_version(server)) != CURRENT:
-                if readonly:
-                    check_current(version)
-                await asyncio.to_thread(postgres.bring_up_to_date, server)
-            writer = PostgresWriter(server, readonly=readonly, greet=None if readonly else _greet)
-        except Exception as error:
-            raise postgres.unavailable(error) from error
-        try:
-            keys = {} if readonly else await writer.write(lambda db: _prepare_shared(db, place.node or machine_id))
-        except BaseException:
-            await writer.close()
-            raise
-        store = cls(writer, None, keys)
-        if not readonly:
-            store._node = place.node or machine_id
+        opened = await open_place(place, places.machine_id() if machine_id is None else machine_id, readonly=readonly)
+        store = cls(opened.writer, opened.reader, opened.keys)
+        store._node = opened.node
         return store
 
     async def close(self) -> None:
@@ -299,7 +249,7 @@ class Store:
     async def renew(self, now_ms: int) -> None:
         """Begin new numberings, and call nothing FRESH that was sent before: for a store put back from a copy, or after the
         clock was wrong by days."""
-        await self._writer.write(lambda db: _renew(db, now_ms))
+        await self._writer.write(lambda db: after_loss(db, now_ms))
 
     async def is_served(self, recipient: str) -> bool:
         """Whether a client may come again with a message that this recipient has had: it has not proved that it read our 250, or
@@ -504,66 +454,3 @@ class Store:
 
 def _rank(level: Level) -> int:
     return list(Level).index(level)
-
-
-def _prepare(db: Db, machine_id: bytes, now_ms: int) -> dict[str, bytes]:
-    """The keys every store has, and the check that this is the machine that it was on."""
-    keys = {name: cards.local_key(db, name) for name in ("journal", "seen", "outer", "host")}
-    if machine_id:
-        host = hmac_sha256(keys["host"], machine_id)
-        known = cards.find_meta(db, "host")
-        if known != host:
-            cards.put_meta(db, "host", host)
-        if known is not None and known != host:
-            log.warning("the store comes from another machine: new numberings begin, mail sent before now is not called fresh")
-            _renew(db, now_ms)
-            for name in MACHINE_KEYS:
-                cards.drop_local_key(db, name)
-    return keys
-
-
-def _renew(db: Db, now_ms: int) -> None:
-    """After a loss of state: what was given out or seen since the state that there is may come again."""
-    outbox.renew_streams(db)
-    seen.add_distrust(db, now_ms, "", "")
-
-
-def _prepare_shared(db: Db, node: bytes) -> dict[str, bytes]:
-    """The keys of a store that several nodes have open: those that tell watchers apart are each node's own."""
-    keys = {name: cards.local_key(db, name) for name in ("journal", "seen", "outer", "host")}
-    mark = hmac_sha256(keys["host"], node).hex()[:32]
-    return keys | {name: cards.local_key(db, f"{name}@{mark}") for name in MACHINE_KEYS}
-
-
-def _greet(db: Db, server: bytes) -> None:
-    """First on each connection to PostgreSQL: whether the tables are those that this version knows, since another may have been
-    started while we had no connection; and whether the server is still the one that has every commit we were told of."""
-    versions = [version for (version,) in db.rows(_VERSION, {})]
-    check_current(versions[0] if versions else None)
-    if cards.find_meta(db, "server") == server:
-        return
-    db.lock("server")
-    known = cards.find_meta(db, "server")       # again: another node may have come first
-    if known == server:
-        return
-    cards.put_meta(db, "server", server)
-    if known is not None:
-        log.warning("the database server was replaced or recovered: new numberings begin, "
-                    "mail sent before now is not called fresh")
-        _renew(db, time.time_ns() // 1_000_000)
-        skip_rows(db)
-
-
-_VERSION = Statement(select(column("version_num")).select_from(table("alembic_version")))
-
-
-def _directory(place: str | Path | PostgresPlace) -> Path:
-    assert not isinstance(place, PostgresPlace)     # noqa: S101 -- `database_place` took it
-    if isinstance(place, Path):
-        return place
-    scheme, mark, rest = place.partition("://")
-    if not mark:
-        return Path(place)
-    if scheme != "sqlite" or not rest.startswith("/"):
-        raise StoreUnavailable("the store is a directory, sqlite:///DIRECTORY, or postgresql://...")
-    return Path(rest[1:])
