@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import structlog
 
 from lab.authority import Authority
 from lab.servers import Lab
@@ -211,6 +212,48 @@ async def test_a_local_login_sends_from_its_own_addresses_sealed_or_not(tmp_path
                 wrong = header if header != ALICE.address else envelope
                 assert done.data.startswith(f"550 5.7.1 Your login anna may not send from {wrong}")
     assert len(upstream.messages) == (7 if senders == "any" else 3)
+
+
+async def test_a_refused_login_is_logged_with_where_it_came_from_and_no_more(tmp_path: Path) -> None:
+    """For whoever counts guesses by address (fail2ban). The name is left out: people type their password there."""
+    users = users_file(tmp_path, f"anna:{hash_password('pw', **CHEAP)}:alice@test.example\n")
+    listener = ListenerConfig(host=HOST, auth="local", users_file=users)
+    async with Upstream() as upstream, gateway(tmp_path, upstream, listener) as gw:
+        with structlog.testing.capture_logs() as lines, pytest.raises(smtplib.SMTPAuthenticationError):
+            await gw.submit(ALICE.address, [BOB.address], text(), login=("secret-name", "secret-word"))
+    refused = [line for line in lines if line["event"] == "login refused"]
+    assert refused
+    assert all((line["client"], line["reply"]) == (HOST, 535) for line in refused)
+    assert "secret" not in str(lines)
+
+
+async def test_every_way_to_write_another_sender_is_refused(tmp_path: Path) -> None:
+    """What a reader's program would show must be an address of the login, however it is written; what is unclear does not go."""
+    users = users_file(tmp_path, f"anna:{hash_password('pw', **CHEAP)}:alice@test.example,@xn--bcher-kva.example\n")
+    listener = ListenerConfig(host=HOST, auth="local", users_file=users)
+    async with Upstream() as upstream, gateway(tmp_path, upstream, listener, credentials=CREDENTIALS) as gw:
+        async def submit(envelope: str, header: str) -> int:
+            message = f"{header}\r\nTo: y@else.example\r\nSubject: x\r\n\r\ntext\r\n".encode()
+            done = await gw.submit(envelope, ["y@else.example"], message, login=("anna", "pw"))
+            return done.code
+        for header in ("From: Alice@TEST.Example", 'From: "alice"@test.example', "From: Boss <alice@test.example>",
+                       "From: x@b\u00fccher.example", "From:\r\n (mallory@test.example)\r\n alice@test.example",
+                       "Sender: mallory@test.example\r\nFrom: alice@test.example"):
+            assert await submit(ALICE.address, header) == 250, header
+        assert await submit("ALICE@test.example", "From: alice@test.example") == 250
+        taken = len(upstream.messages)
+        for header in ("From: mallory@test.example\r\nFrom: alice@test.example",
+                       "From: alice@test.example\r\nFROM : mallory@test.example",
+                       "From: alice@test.example, mallory@test.example", "From: team: mallory@test.example;", "From: team:;",
+                       'From: "alice@test.example" <mallory@test.example>', "From: alice@test.example <mallory@test.example>",
+                       "From: mallory@test.example (alice@test.example)",
+                       "From: =?utf-8?q?alice=40test.example?= <mallory@test.example>",
+                       "From: alice@test.example\0@else.example", "From: \u0430lice@test.example", "X-None: here", "From:"):
+            assert 500 <= await submit(ALICE.address, header) < 600, header
+        for envelope in ("mallory@test.example", '"mallory"@test.example', "MALLORY@TEST.EXAMPLE",
+                         "alice@test.example.else.example"):
+            assert await submit(envelope, "From: alice@test.example") == 550, envelope
+        assert len(upstream.messages) == taken
 
 
 async def test_pass_through_leaves_it_to_the_server_that_knows_the_login(tmp_path: Path) -> None:

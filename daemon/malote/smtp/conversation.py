@@ -134,7 +134,7 @@ class Conversation(ClientWire):
         return refusal if refusal is None else self._refused(refusal)
 
     def _refused(self, reply: Reply) -> Reply:
-        log.info("client refused", session=self.client.id, reply=reply.code, reason=reply.enhanced, address=self.client.peer)
+        log.info("client refused", session=self.client.id, reply=reply.code, reason=reply.enhanced, client=self.client.peer)
         return reply
 
     def connection_lost(self, error: Exception | None) -> None:

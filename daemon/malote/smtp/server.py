@@ -15,7 +15,7 @@ from aiosmtpd.smtp import SMTP, syntax
 
 from malote.errors import Reply
 from malote.smtp.auth import MAX_AUTH_FAILURES, AuthFault, decode_answer, parse_auth
-from malote.smtp.conversation import INTERNAL, ServerSettings
+from malote.smtp.conversation import INTERNAL, ServerSettings, log
 from malote.smtp.forwarded import XCLIENT, XFORWARD
 from malote.smtp.message_commands import NO_HELO, MessageCommands
 from malote.smtp.path import HOPS, PathRefused
@@ -99,6 +99,7 @@ class SubmissionServer(MessageCommands, PeerCommands, SMTP):  # type: ignore[mis
             client.login = outcome.login
         else:
             self._auth_failures += 1
+            log.info("login refused", session=client.id, reply=reply.code, client=client.peer)
         self.say(reply)
         if self._auth_failures >= MAX_AUTH_FAILURES:
             self.hang_up(Reply(421, "4.7.0", "Too many failed logins"))
