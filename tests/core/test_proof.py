@@ -218,6 +218,8 @@ def test_lines_of_an_attachment_before_every_line() -> None:
     ("another hint", lambda raw: re.sub(rb"kid=\w{16}", b"kid=0011223344556677", raw, count=1)),
     ("no hint", lambda raw: re.sub(rb"; kid=\w{16}", b"", raw, count=1)),
     ("another name", lambda raw: raw.replace(b"key-2.mlk", b"secret.mlk")),
+    ("another name of the same length", lambda raw: raw.replace(b"message.mlp", b"secrets.mlp")),
+    ("another type", lambda raw: raw.replace(b"malote.sealed", b"malote.secret")),
     ("a part less", lambda raw: raw[:(at := raw.index(b"key-2.mlk") - 200)] + raw[raw.index(b"--=_mlt", at + 300):]),
     ("LF", lambda raw: raw.replace(b"\r\n", b"\n")),
     ("another boundary", lambda raw: raw.replace(b"=_mlt_", b"=_txt_")),
@@ -288,6 +290,23 @@ def test_a_reader_of_addresses_that_gives_text(text: str) -> None:
         assert not passes(changed, replace(facts, shown=SHOWN | {text}))
     two = raw.replace(b"To: bob@b.example", f"To: bob@b.example, {text}".encode())
     assert not passes(two, replace(facts, shown=SHOWN | {text}))
+
+
+def test_a_length_that_padding_does_not_give() -> None:
+    """Also the sealer's word for it."""
+    raw, facts = one()
+    start, end = raw.index(b'message.mlp"') + len(b'message.mlp"\r\n\r\n'), raw.rindex(b"--=_mlt_")
+    for size in (len(facts.payload) - 57, len(facts.payload) + 57, 68 + 16 + 4095, 68 + 15):
+        payload = (bytes(facts.payload) * 2)[:size]
+        lines = pybase64.encodebytes(payload).replace(b"\n", b"\r\n")
+        with pytest.raises(NotProven, match="length"):
+            check_sealed(raw[:start] + lines + raw[end:], replace(facts, payload=payload))
+
+
+def test_more_recipients_than_a_copy_may_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(proof, "MAX_RECIPIENTS", 1)
+    with pytest.raises(NotProven, match="number of recipients"):
+        check_sealed(*one())
 
 
 def test_a_thread_that_is_text() -> None:
