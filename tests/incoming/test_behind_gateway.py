@@ -151,6 +151,37 @@ async def test_a_repeat_of_what_this_watcher_never_saw_is_no_fresh_mail(street: 
     assert len(street.quarantined()) == 1
 
 
+async def test_what_was_delayed_behind_the_gateway_stays(street: Street) -> None:
+    """Opened after the watcher began: whatever the date that the mail server gives it, it is the first copy there is."""
+    await street.look()
+    await street.send(sealed(street))
+    [raw] = street.inbox()
+    street.box.client.select()
+    street.box.client.imap.uid("STORE", "1:*", "+FLAGS", "\\Deleted")
+    street.box.client.imap.expunge()
+    street.box.client.put(street.past(raw), date="24-Nov-2026 08:00:00 +0000")
+    await street.look()
+    assert len(street.inbox()) == 1
+    assert not street.quarantined()
+
+
+async def test_a_repeat_that_the_gateway_found_is_no_mail_for_the_inbox(street: Street) -> None:
+    """Where its quarantine is the person's own mailbox and nothing there files it."""
+    street.house.passage._config = street.house.passage._config.model_copy(update={"quarantine": "{local}@{domain}"})
+    await street.look()
+    raw = sealed(street)
+    for _ in range(2):
+        await street.send(raw)
+    assert sorted(verdicts([message_from_bytes(each) for each in street.inbox()])) == ["DUPLICATE", "FRESH"]
+    for uid in street.box.client.uids(criteria='HEADER Malote-Verdict "FRESH"'):     # read and deleted before the watcher looks
+        street.box.client.imap.uid("STORE", str(uid), "+FLAGS", "\\Deleted")
+    street.box.client.imap.expunge()
+    await street.look()
+    assert not street.inbox()
+    assert verdicts([message_from_bytes(each) for each in street.quarantined()]) == ["DUPLICATE"]
+    assert [entry.verdict for entry in await street.store.recent_outcomes(10)] == ["DUPLICATE"]
+
+
 async def test_mail_from_before_the_watcher_stays(street: Street) -> None:
     """It lies there with the date of its opening: nothing speaks against it, and an inbox is not emptied by a first look."""
     for number in range(3):

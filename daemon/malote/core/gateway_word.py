@@ -31,7 +31,8 @@ _LINE = re.compile(r"malote-gateway-1 (\S+) ([A-Za-z0-9_-]{43})")
 _ODD = re.compile(rb"[^!-$&-+\--:<-~]")     # becomes %XX: what is not printed, and what separates here
 _NO_NAME = re.compile(r"[^a-z0-9.-]+")
 # What a mail server puts on top of what it is given; X-... and ARC-... too. Anything else there would be somebody's words.
-_TRACE = frozenset({b"return-path", b"delivered-to", b"envelope-to", b"received", b"received-spf", b"authentication-results"})
+_TRACE = frozenset({b"return-path", b"delivered-to", b"envelope-to", b"received", b"received-spf", b"authentication-results",
+                    b"malote-quarantine"})      # the gateway's own, on what it does not let pass
 _FIELD = re.compile(rb"([!-9;-~]+)[ \t]*:[^\n]*\n(?:[ \t][^\n]*\n)*")
 
 
