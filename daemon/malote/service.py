@@ -251,7 +251,7 @@ class Service:
             self._retired.append(self._outgoing)
         policy = Policy(config.outgoing)
         for old in self._retired:       # what must be sealed from now on, must be sealed on open connections too
-            old.submissions.policy = policy
+            old.submissions.decider.policy = policy
         self._outgoing = build
 
     async def _open_listeners(self, wanted: Mapping[Place, ListenerConfig], settings: Mapping[Place, ServerSettings],

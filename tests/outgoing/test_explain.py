@@ -60,7 +60,7 @@ async def test_what_is_explained_is_what_happens(tmp_path: Path, name: str) -> N
     async with Upstream() as upstream, Gateway(tmp_path, upstream_config(upstream.port), cards=(BOB, CAROL, FIRM),
                                                config={"rules": case.rules}) as gw:
         await gw.store.put_identity(LockedIdentity(ALICE.address, ALICE.signing.public.id, b"locked", ALICE.card.raw, 1, 1))
-        told = await explain(gw.store, Config(outgoing=config), case.sender, case.recipients, case.content, host="h")
+        told = await explain(gw.store, Config(outgoing=config), case.sender, case.recipients, case.content)
         done = await gw.submit(case.sender, case.recipients, case.content)
     for answer in told.recipients:
         reply = done.rcpts[answer.recipient]
@@ -87,7 +87,7 @@ async def test_rule_card_and_source_are_named(tmp_path: Path) -> None:
     async with Upstream() as upstream, Gateway(tmp_path, upstream_config(upstream.port), cards=(BOB, FIRM)) as gw:
         await gw.store.put_identity(LockedIdentity(ALICE.address, ALICE.signing.public.id, b"locked", ALICE.card.raw, 1, 1))
         config = Config(outgoing={"rules": rules, "upstream": upstream_config(1)})
-        told = await explain(gw.store, config, ALICE.address, [BOB.address, "Zoe@Firm.example"], None, host="h")
+        told = await explain(gw.store, config, ALICE.address, [BOB.address, "Zoe@Firm.example"], None)
         bob, zoe = told.recipients
         assert (bob.rule, bob.patterns, bob.level, bob.asked_by) == (2, ("@test.example", "@firm.example"), "require", ("card",))
         assert bob.card is not None
@@ -98,6 +98,6 @@ async def test_rule_card_and_source_are_named(tmp_path: Path) -> None:
         assert told.signer is not None
         assert told.signer.fingerprint == ALICE.card.fingerprint
         await gw.store.remove_card(BOB.address)
-        [bob] = (await explain(gw.store, config, ALICE.address, [BOB.address], None, host="h")).recipients
+        [bob] = (await explain(gw.store, config, ALICE.address, [BOB.address], None)).recipients
         assert (bob.action, bob.card, bob.had_card, bob.at) == ("refuse", None, True, "RCPT")
     assert upstream.wire == b"", "nobody was asked"

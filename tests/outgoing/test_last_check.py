@@ -26,7 +26,7 @@ from malote.core.identity import parse_identity, serialize_identity
 from malote.core.policy import Action, Decision
 from malote.core.seal import SealedMessage
 from malote.errors import NotProven
-from malote.outgoing import clearance, copies, delivery, submission
+from malote.outgoing import clearance, copies, deciding, delivery, submission
 from malote.outgoing.clearance import Clearance
 from malote.outgoing.delivery import Delivery
 from malote.outgoing.directory import CardFinder
@@ -279,7 +279,7 @@ async def test_who_says_that_text_is_encrypted_is_not_believed(tmp_path: Path, a
     rules = (RuleConfig(seal="require", accept_encrypted=True),)
     async with Upstream() as upstream, gateway(tmp_path, upstream, rules=rules) as gw:
         with pytest.MonkeyPatch.context() as fault:
-            fault.setattr(submission, "decide_encrypted", lambda _: answer)
+            fault.setattr(deciding, "decide_encrypted", lambda _: answer)
             assert "451 4.3.0 The message failed the last check" in await say_all(gw, 1)
         assert not seen(upstream.wire)
 

@@ -276,7 +276,7 @@ async def test_the_audit_log_has_a_line_for_it(tmp_path: Path, required: bool, t
     def script(step: str, argument: str, number: int) -> Answer | bool:
         return "451 4.0.0 no" if "MAIL FROM:<>" in argument and not taken else inner(step, argument, number)
     async with Upstream(script) as upstream, relay(tmp_path / "gw", upstream) as gw:
-        gw.submissions._recorder = lambda: Recorder(audit, lambda: 0)
+        gw.submissions.reporter.recorder = lambda: Recorder(audit, lambda: 0)
         assert (await gw.submit(ALICE.address, EVERYBODY, MESSAGE)).code == (250 if taken else 451)
         count = len(upstream.messages)
     await audit.close()
@@ -297,7 +297,7 @@ async def test_under_audit_required_no_notification_leaves_without_its_line(
         return False
     monkeypatch.setattr(Recorder, "notifying", full)
     async with Upstream(without_dave()) as upstream, relay(tmp_path / "gw", upstream) as gw:
-        gw.submissions._recorder = lambda: Recorder(audit, lambda: 0)
+        gw.submissions.reporter.recorder = lambda: Recorder(audit, lambda: 0)
         assert (await gw.submit(ALICE.address, EVERYBODY, MESSAGE, polite=False)).code == 451
         assert not notices(upstream)
         monkeypatch.undo()

@@ -17,7 +17,7 @@ from malote.core.identity import new_identity
 from malote.core.keys import SignatureAlgorithm
 from malote.core.open import Opened
 from malote.errors import Unreadable
-from malote.outgoing import copies, delivery, submission
+from malote.outgoing import copies, deciding, delivery, submission
 from malote.outgoing.delivery import INLINE_BYTES
 from malote.smtp.desk import ClientSession
 from outgoing.harness import NOW_MS, Gateway, Received, Upstream, opened, person, text, upstream_config
@@ -295,7 +295,7 @@ async def test_large_work_leaves_the_loop_free(
             return real(*arguments)
         monkeypatch.setattr(module, name, noted)
     note(delivery, "make_copy", copies.make_copy)
-    note(submission, "decide_encrypted", encrypted.decide_encrypted)
+    note(deciding, "decide_encrypted", encrypted.decide_encrypted)
     note(submission, "hmac_sha256", primitives.hmac_sha256)
     alice = new_identity(ALICE.address, algorithm, NOW_MS - 86_400_000)
     async with Upstream() as upstream, gateway(tmp_path, upstream, identities={ALICE.address: alice}) as gw:

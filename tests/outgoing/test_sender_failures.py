@@ -24,7 +24,7 @@ from malote.core.card import Card
 from malote.core.keys import SigningKey
 from malote.core.policy import Policy
 from malote.errors import StoreUnavailable
-from malote.outgoing import copies, delivery, sender, submission
+from malote.outgoing import copies, deciding, delivery, sender, submission
 from malote.outgoing.delivery import Delivery
 from malote.outgoing.directory import CardFinder
 from malote.outgoing.inflight import InFlight
@@ -269,9 +269,9 @@ PLACES: list[tuple[Any, str]] = [
     (Store, "finish_send_later"), (Store, "local_key"), (Store, "known_messages"), (Store, "remember_outer_id"),
     (Store, "log_outcome"),
     (submission, "prepare"), (submission, "complete"), (Policy, "decide_recipient"), (Policy, "decide_message"),
-    (submission, "decide_encrypted"),
-    (submission, "decide_refusal"), (submission, "read_content"), (submission, "decide_signer"), (submission, "group_members"),
-    (submission, "hmac_sha256"), (submission, "threading_ids"), (submission, "decide_answer"), (submission, "received_line"),
+    (deciding, "decide_encrypted"),
+    (deciding, "decide_refusal"), (deciding, "read_content"), (deciding, "decide_signer"), (submission, "group_members"),
+    (submission, "hmac_sha256"), (deciding, "threading_ids"), (submission, "decide_answer"), (submission, "received_line"),
     (copies, "seal"), (copies, "outer_headers"), (delivery, "make_copy"), (delivery, "mail_params"),
     (delivery, "same_transaction"), (Relay, "begin"), (Relay, "release"), (UpstreamConnection, "mail"),
     (UpstreamConnection, "rcpt"), (UpstreamConnection, "data"), (UpstreamConnection, "rset"),

@@ -13,9 +13,9 @@ import structlog
 from malote.config import Config, OutgoingConfig, RuleConfig
 from malote.core.policy import Policy
 from malote.core.rules import rule_faults
+from malote.outgoing.deciding import Decider
 from malote.outgoing.explain import explain
 from malote.outgoing.shadow import Summary, shadow_warnings, summarise
-from malote.outgoing.submission import Submissions
 from outgoing.harness import Gateway, Upstream, opened, person, text, upstream_config
 
 ALICE, BOB, CAROL = (person(f"{name}@test.example") for name in ("alice", "bob", "carol"))
@@ -118,7 +118,7 @@ async def test_a_loop_is_cut_in_shadow_mode_too(tmp_path: Path) -> None:
 async def test_what_goes_wrong_in_judging_stops_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async def broken(*_: Any, **__: Any) -> Any:
         raise ZeroDivisionError("the inside")
-    monkeypatch.setattr(Submissions, "decide", broken)
+    monkeypatch.setattr(Decider, "decide", broken)
     async with Upstream() as upstream, shadowed(tmp_path, upstream, [REQUIRE]) as gw:
         assert (await gw.submit(ALICE.address, [BOB.address], text())).code == 250
     assert upstream.messages[0].content.endswith(text())
@@ -130,7 +130,7 @@ async def test_switched_off_while_a_connection_is_open_it_is_enforced_at_once(tm
         real = gw.desk.data
 
         async def data(*arguments: Any) -> Any:
-            gw.submissions.policy = Policy(OutgoingConfig(rules=(REQUIRE,)))
+            gw.submissions.decider.policy = Policy(OutgoingConfig(rules=(REQUIRE,)))
             return await real(*arguments)
         gw.desk.data = data  # type: ignore[method-assign]
         content = text(cc=STRANGER)
@@ -186,10 +186,10 @@ async def test_explain_tells_what_would_be_and_that_it_is_not_obeyed(tmp_path: P
     async with Upstream() as upstream, shadowed(tmp_path, upstream) as gw:
         rules = (RuleConfig(recipients=("@else.example",), seal="require"),)
         config = Config(outgoing={"rules": rules, "shadow": True})
-        told = await explain(gw.store, config, ALICE.address, [STRANGER], None, host="h")
+        told = await explain(gw.store, config, ALICE.address, [STRANGER], None)
         assert told.shadow
         assert told.refusal.startswith("550 5.7.1 No key for stranger@else.example")
         on_trial = (rules[0].model_copy(update={"shadow": True}),)
-        told = await explain(gw.store, Config(outgoing={"rules": on_trial}), ALICE.address, [STRANGER], None, host="h")
+        told = await explain(gw.store, Config(outgoing={"rules": on_trial}), ALICE.address, [STRANGER], None)
         assert [answer.action for answer in told.recipients] == ["plain"]
         assert [(answer.recipient, answer.action, answer.rule) for answer in told.trial] == [(STRANGER, "refuse", 1)]

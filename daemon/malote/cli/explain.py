@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import json
-import socket
 import sys
 from datetime import UTC, datetime
 from typing import BinaryIO
@@ -61,7 +60,7 @@ async def _explain(settings: Settings, sender: str, recipients: list[str], conte
         raise ConfigError("outgoing.enabled: is false, so nothing is sent through malote")
     store = await Store.open(settings.store_place, readonly=True)
     try:
-        return await explain(store, settings.config, sender, recipients, content, host=socket.getfqdn())
+        return await explain(store, settings.config, sender, recipients, content)
     finally:
         await store.close()
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import cast
 
@@ -17,9 +18,9 @@ from malote.core.identity import Identity
 from malote.core.message import prepare
 from malote.core.policy import Action, MessageFacts, Policy, RecipientFacts, Why
 from malote.errors import MaloteError
+from malote.outgoing.deciding import Decider
 from malote.outgoing.groups import Member, group_members
 from malote.outgoing.identities import Submitter
-from malote.outgoing.submission import Submissions
 from malote.outgoing.transaction import Recipient
 from malote.store.records import LockedIdentity
 from malote.store.store import Store
@@ -74,39 +75,36 @@ class Explanation:
     trial: tuple[Answer, ...] = ()  # whom the rules on trial would treat otherwise
 
 
-async def explain(store: Store, config: Config, sender: str, recipients: Sequence[str], content: bytes | None, *,
-                  host: str) -> Explanation:
+async def explain(store: Store, config: Config, sender: str, recipients: Sequence[str], content: bytes | None) -> Explanation:
     """`sender` of the envelope; `content` None: an empty message from the sender to all of them, openly. Raises `FormatError`
     for what is no address or no message."""
     identities = {each.address: each for each in await store.identities()}
     now_ms = time.time_ns() // 1_000_000
-    desk = Submissions(
-        # who signs is only looked up, so the locked ones do
-        config=config.outgoing.model_copy(update={"shadow": False}), limits=config.limits, store=store, host=host,
-        clock_ms=lambda: now_ms, identities=lambda: cast("Mapping[str, Identity]", identities))
-    try:
-        question = _Question(store, desk, identities)
+    with ThreadPoolExecutor(1) as executor:
+        decider = Decider(
+            # who signs is only looked up, so the locked ones do
+            Policy(config.outgoing.model_copy(update={"shadow": False})), store,
+            identities=lambda: cast("Mapping[str, Identity]", identities), clock_ms=lambda: now_ms, executor=executor)
+        question = _Question(store, decider, identities)
         sender = canonical_address(sender) if sender else ""
         told = replace(await question.ask(sender, recipients, content), shadow=config.outgoing.shadow)
-        if desk.policy.trial is None:
+        if decider.policy.trial is None:
             return told
-        desk.policy = desk.policy.trial
+        decider.policy = decider.policy.trial
         tried = await question.ask(sender, recipients, content)
         before = {each.recipient: each.action for each in told.recipients}
         return replace(told, trial=tuple(each for each in tried.recipients if each.action != before[each.recipient]))
-    finally:
-        desk.close()
 
 
 class _Question:
-    def __init__(self, store: Store, desk: Submissions, identities: Mapping[str, LockedIdentity]) -> None:
+    def __init__(self, store: Store, decider: Decider, identities: Mapping[str, LockedIdentity]) -> None:
         self._store = store
-        self._desk = desk
+        self._decider = decider
         self._identities = identities
 
     @property
     def _policy(self) -> Policy:
-        return self._desk.policy
+        return self._decider.policy
 
     async def ask(self, sender: str, recipients: Sequence[str], content: bytes | None) -> Explanation:
         if content is None:
@@ -117,14 +115,14 @@ class _Question:
         refused: dict[str, str] = {}
         for address in dict.fromkeys(canonical_address(each) for each in recipients):
             try:
-                taken[address] = await self._desk.recipient(address, address, {}, sender)
+                taken[address] = await self._decider.recipient(address, address, {}, sender)
             except MaloteError as error:
                 refused[address] = str(error.reply)
         refusal = ""
         try:
             if taken:
                 submitter = Submitter(sender, frozenset({sender, author}))      # whether a login may is another question
-                await self._desk.decide(self._policy, prepared, content, taken, submitter, null_sender=not sender)
+                await self._decider.decide(self._policy, prepared, content, taken, submitter, null_sender=not sender)
             else:
                 refusal = next(iter(refused.values()), "")
         except MaloteError as error:
@@ -145,7 +143,7 @@ class _Question:
         return Explanation(author, signer, tuple(answers), refusal, copies)
 
     async def _answer(self, author: str, address: str, taken: Recipient | None, refused: str) -> Answer:
-        found = await self._desk.cards.find(address, self._desk.clock_ms())
+        found = await self._decider.cards.find(address, self._decider.clock_ms())
         facts = RecipientFacts(address, found.card is not None, found.had_card)
         decision = taken.decision if taken is not None else self._policy.decide_recipient(MessageFacts(author), facts)
         rule = self._policy.table.rules[decision.rule] if decision.rule is not None else None

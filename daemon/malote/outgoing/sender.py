@@ -258,7 +258,7 @@ class Sender:
                 canonical = canonical_address(address)
             except FormatError:
                 return _BAD_RECIPIENT
-            recipient = await self._submissions.recipient(canonical, address, params, tx.sender)
+            recipient = await self._submissions.decider.recipient(canonical, address, params, tx.sender)
             reply = await tx.rcpt(recipient)
             if reply.code // 100 == 5 and await self._store.is_served(canonical):
                 tx.keep(recipient, reply)   # if it is the same message, its client must not bounce it
@@ -268,7 +268,7 @@ class Sender:
             if isinstance(error, UpstreamError):
                 log.warning("upstream", session=session.id, fault=str(error))
             else:
-                self._submissions.refused_recipient(session, tx.sender, canonical, error)
+                self._submissions.reporter.refused_recipient(session, tx.sender, canonical, error)
             return error.reply
 
     async def data(self, session: ClientSession, content: bytearray) -> Reply:

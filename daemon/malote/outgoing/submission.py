@@ -9,66 +9,37 @@ is made of what was to be sealed (copies.py).
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
-from functools import partial
-from typing import TypeVar
+from dataclasses import dataclass, replace
 
 import structlog
 
 from malote.config import LimitsConfig, OutgoingConfig
-from malote.core.address import domain_of, routed_addresses
-from malote.core.content import NO_CONTENT, Content, read_content
-from malote.core.encrypted import Encrypted, decide_encrypted
+from malote.core.address import domain_of
 from malote.core.identity import Identity
 from malote.core.message import Prepared, complete, prepare
-from malote.core.outer import reply_ids, threading_ids
-from malote.core.policy import (
-    Action,
-    MessageDecision,
-    MessageFacts,
-    Policy,
-    RecipientFacts,
-    decide_refusal,
-    left_out_reply,
-    let_pass,
-    named,
-    refusal_of,
-)
+from malote.core.policy import Action, Policy, left_out_reply, let_pass, named
 from malote.core.primitives import hmac_sha256
-from malote.errors import (
-    ClockWrong,
-    FormatError,
-    KeyMissing,
-    MailLoop,
-    MaloteError,
-    PolicyRefused,
-    Reply,
-    SenderRefused,
-    SentElsewhere,
-    StoreUnavailable,
-    TooBusy,
-)
-from malote.outgoing.answers import Answer, Outcome, State, decide_answer, printable
+from malote.errors import MaloteError, Reply, SentElsewhere, StoreUnavailable
+from malote.outgoing.answers import Answer, Outcome, State, decide_answer
 from malote.outgoing.copies import Letter, received_line
-from malote.outgoing.delivery import INLINE_BYTES, LOCAL, TOO_LATE, Delivery
-from malote.outgoing.directory import CardFinder
+from malote.outgoing.deciding import Decider
+from malote.outgoing.delivery import TOO_LATE, Delivery
 from malote.outgoing.groups import Group, Kind, Member, group_members
-from malote.outgoing.identities import Submitter, check_own, decide_signer
+from malote.outgoing.identities import Submitter, check_own
 from malote.outgoing.inflight import InFlight, Turn
+from malote.outgoing.judging import changes, judge
 from malote.outgoing.notify import may_notify, notify_sender, wants_notice
 from malote.outgoing.recorder import Recorder
-from malote.outgoing.shadow import Reason, Would, tell, would
-from malote.outgoing.shadow import entries as shadow_entries
+from malote.outgoing.reporting import Line, Reporter
 from malote.outgoing.transaction import Recipient, Transaction
-from malote.smtp.desk import ClientSession, Params
-from malote.store.records import KnownMessage, OutcomeEntry, SendIntent, SendPlan, SendRecipient, SendRow, SendState
+from malote.smtp.desk import ClientSession
 from malote.store.records import Outcome as Written
+from malote.store.records import SendIntent, SendPlan, SendRecipient, SendState
 from malote.store.store import Store
 
 log = structlog.get_logger("malote.outgoing")
-T = TypeVar("T")
 
 FIRST_WAIT_SECONDS = 0.05       # for another process that sends the same message, and how far this grows
 MOST_WAIT_SECONDS = 1.0
@@ -79,27 +50,7 @@ _WRITTEN = {
     State.DEFERRED: Written.UNSENT, State.IN_DOUBT: Written.IN_DOUBT,
 }
 _BEFORE = Reply(250, "2.0.0", "Accepted before")
-_NOT_YOURS = Reply(550, "5.7.1", "The From address is not one of this login, and rules depend on who writes; nothing was sent")
 _NOT_NOTIFIED = Reply(451, "4.3.0", "Some recipients were refused and the sender cannot be notified now, try again later")
-
-
-@dataclass(slots=True)
-class Line:
-    """What the one log line of a message says."""
-
-    id: str = ""
-    size: int = 0
-    sealed: int = 0
-    plain: int = 0
-    copies: int = 0
-    outcome: str = "failed"
-    from_address: str = ""
-    why: str = ""       # it was refused by us
-    states: dict[State, int] = field(default_factory=dict)
-
-    def note_alarm(self, alarm: str) -> None:
-        if alarm:
-            self.outcome, self.why = "stopped", f"by the last check: {alarm}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,38 +67,18 @@ class Submissions:
                  identities: Callable[[], Mapping[str, Identity]], clock_ms: Callable[[], int],
                  inflight: InFlight | None = None, recorder: Callable[[], Recorder | None] = lambda: None) -> None:
         self.config = config
-        self.policy = Policy(config)    # replaced by a reload, also for connections that are open: policy does not wait for them
         self.clock_ms = clock_ms
-        self.cards = CardFinder(store)
         self._limits = limits
         self._store = store
         self._host = host
-        self._identities = identities
         self._inflight = inflight if inflight is not None else InFlight()
-        self._recorder = recorder       # of the audit log; asked each time, as a reload may change it
         self._executor = ThreadPoolExecutor(WORKERS, thread_name_prefix="malote-seal")
+        self.decider = Decider(Policy(config), store, identities=identities, clock_ms=clock_ms, executor=self._executor)
+        self.reporter = Reporter(store, clock_ms=clock_ms, recorder=recorder)
 
     def close(self) -> None:
         """After the last message."""
         self._executor.shutdown(wait=False)
-
-    async def recipient(self, address: str, path: str, params: Params, sender: str) -> Recipient:
-        """Look up the card and decide what the envelope alone shows. Raises `KeyMissing`, `PolicyRefused` for a refusal."""
-        policy = self.policy
-        found = await self.cards.find(address, self.clock_ms())
-        decision = policy.decide_recipient(
-            MessageFacts(sender), RecipientFacts(address, found.card is not None, found.had_card))
-        routes = tuple([await self._facts(target) for target in routed_addresses(address)])
-        recipient = Recipient(address, path, params, found.card, found.had_card, decision, policy, routes)
-        if policy.shadow:
-            recipient.decision = let_pass(address)
-        else:
-            _check_envelope(policy, recipient, sender)
-        return recipient
-
-    async def _facts(self, address: str) -> RecipientFacts:
-        found = await self.cards.find(address, self.clock_ms())
-        return RecipientFacts(address, found.card is not None, found.had_card)
 
     async def send(self, session: ClientSession, tx: Transaction, submitter: Submitter, content: bytearray) -> Finished:
         """Raises `MaloteError` with the reply when nothing was sent. `content` is emptied as soon as it is not needed."""
@@ -159,37 +90,23 @@ class Submissions:
             code = finished.reply.code
             return finished
         except MaloteError as error:
-            code, line.why = error.reply.code, _why(error)
-            line.outcome = "refused" if code >= 500 else "failed"
-            recorder = self._recorder()
-            if recorder is not None and code >= 500:
-                recorder.refused(line.id, line.from_address or tx.sender, tx.recipients, error.reply, line.why)
+            code = error.reply.code
+            self.reporter.failed(tx, line, error)
             raise
         finally:
-            self._log(session, tx, line, code, int((asyncio.get_running_loop().time() - started) * 1000))
-
-    def refused_recipient(self, session: ClientSession, sender: str, recipient: str, error: MaloteError) -> None:
-        """For the log and `malote log`: it had its answer at RCPT, and the message may never come."""
-        code = error.reply.code
-        log.info("recipient refused", session=session.id, reply=code, reason=_why(error))
-        recorder = self._recorder()
-        if recorder is not None and code >= 500:
-            recorder.refused_recipient(sender, recipient, error.reply, _why(error))
-        self._store.log_outcome(OutcomeEntry(
-            at_ms=self.clock_ms(), direction="out", outcome="refused", account=session.user, sender=sender, recipients=1,
-            detail=f"{code} {_why(error)}".rstrip()))
+            self.reporter.finished(session, tx, line, code, int((asyncio.get_running_loop().time() - started) * 1000))
 
     async def _send(self, session: ClientSession, tx: Transaction, submitter: Submitter, content: bytearray,
                     line: Line) -> Finished:
         deadline = asyncio.get_running_loop().time() + self._limits.reply_within_seconds
-        policy = self.policy
+        policy = self.decider.policy
         if policy.shadow:
             return await self._pass(session, tx, submitter, content, line, deadline)
-        prepared = await self._work(len(content), prepare, content, *policy.tags)   # 512 KB of header take a third of a second
+        prepared = await self.decider.work(len(content), prepare, content, *policy.tags)   # a header takes up to 0.3 s
         line.from_address = prepared.from_address
         check_own(submitter, prepared.from_address)
         recipients = {recipient.address: recipient for recipient in tx.recipients}
-        known, identity = await self.decide(policy, prepared, content, recipients, submitter, null_sender=not tx.sender)
+        known, identity = await self.decider.decide(policy, prepared, content, recipients, submitter, null_sender=not tx.sender)
         digest = await self._digest(prepared)
         key = (submitter.login, prepared.from_address, digest)
         turn = self._inflight.take(key) or await self._wait_for_turn(key, tx, deadline)
@@ -197,7 +114,7 @@ class Submissions:
             plan = await self._begin(submitter, prepared, identity, digest, recipients, tx, deadline)
             line.id = plan.submission_id.hex()
             if policy.trial is not None:
-                self._write_shadow(line, _changes(recipients.values()))
+                self.reporter.judged(line, changes(recipients.values()))
             try:
                 letter = await self._letter(session, prepared, identity, recipients, plan, known)
             except BaseException:
@@ -215,12 +132,12 @@ class Submissions:
     async def _pass(self, session: ClientSession, tx: Transaction, submitter: Submitter, content: bytearray, line: Line,
                     deadline: float) -> Finished:
         """In shadow mode: the bytes as they came, for everybody; what the rules would have done is only written down."""
-        judged = await self._judge(tx, submitter, content, line)
+        judged = await judge(self.decider, tx, submitter, content, line)
         recipients = {recipient.address: recipient for recipient in tx.recipients}
         for recipient in recipients.values():
             recipient.decision, recipient.action = let_pass(recipient.address), Action.PLAIN
         original = bytes(content)
-        digest = await self._work(len(original), hmac_sha256, await self._store.local_key("journal"), original)
+        digest = await self.decider.work(len(original), hmac_sha256, await self._store.local_key("journal"), original)
         key = (submitter.login, line.from_address, digest)
         turn = self._inflight.take(key) or await self._wait_for_turn(key, tx, deadline)
         try:
@@ -238,56 +155,10 @@ class Submissions:
             finished = await self._deliver(delivery, frozenset(), plan, turn, tx, line)
             if line.outcome == "plain":
                 line.outcome = "shadow"
-            self._write_shadow(line, judged)
+            self.reporter.judged(line, judged)
             return finished
         finally:
             self._inflight.give_back(key, turn)
-
-    async def _judge(self, tx: Transaction, submitter: Submitter, content: bytearray, line: Line) -> list[Would]:
-        """What enforcement would do. Raises only what is no matter of the rules: a loop, and a From that a bound login may not
-        use."""
-        line.from_address = tx.sender
-        policy, judged = self.policy, []
-        asked: dict[str, Recipient] = {}
-        for each in tx.recipients:
-            decision = policy.decide_recipient(MessageFacts(tx.sender), each.facts)
-            like = Recipient(each.address, each.path, each.params, each.card, each.had_card, decision, policy, each.routes)
-            try:
-                _check_envelope(policy, like, tx.sender)
-            except MaloteError:
-                judged.append(would(each.address, decision, refusal=Reason.RULE))
-            else:
-                asked[each.address] = like
-        refusal: Reason | None = None
-        try:
-            prepared = await self._work(len(content), prepare, content, *policy.tags)
-            line.from_address = prepared.from_address
-            check_own(submitter, prepared.from_address)
-            await self.decide(policy, prepared, content, asked, submitter, null_sender=not tx.sender)
-        except MailLoop:
-            raise
-        except FormatError as error:
-            if submitter.bound:
-                raise
-            log.info("shadow", reason=_why(error))
-            return [would(address, None) for address in asked] + judged
-        except SenderRefused:
-            if submitter.bound and not submitter.owns(line.from_address):
-                raise
-            refusal = Reason.SENDER
-        except MaloteError:
-            refusal = Reason.OTHERS
-        except Exception as error:  # noqa: BLE001 - a border: nothing that goes wrong in judging stops the mail
-            log.warning("shadow: not judged", error=type(error).__name__)
-            return []
-        return [would(each.address, each.decision, refusal=refusal) for each in asked.values()] + judged
-
-    def _write_shadow(self, line: Line, judged: Sequence[Would]) -> None:
-        if not judged:
-            return
-        tell(judged, message_id=line.id)
-        for entry in shadow_entries(judged, message_id=line.id, now_ms=self.clock_ms()):
-            self._store.log_outcome(entry)
 
     async def _wait_for_turn(self, key: Hashable, tx: Transaction, deadline: float) -> Turn:
         await tx.end()      # who waits holds no connection that the other may need
@@ -297,70 +168,15 @@ class Submissions:
         except TimeoutError:
             raise MaloteError("an identical message took too long", reply=TOO_LATE) from None
 
-    # decide
-
-    async def decide(self, policy: Policy, prepared: Prepared, content: bytes | bytearray, recipients: Mapping[str, Recipient],
-                     submitter: Submitter, *, null_sender: bool) -> tuple[Mapping[str, str], Identity | None]:
-        """Sets `Recipient.decision` and `action`; gives the outer ids of what it answers, and who signs. `malote explain` asks
-        this too. Raises `MaloteError` when the whole message is refused."""
-        ids = threading_ids(prepared.kept)
-        messages = await self._store.known_messages(ids) if ids else {}
-        known = {inner_id: message.outer_id for inner_id, message in messages.items()}
-        if known:
-            _mark_outsiders(recipients.values(), prepared, messages)
-        encrypted = await self._work(len(content), decide_encrypted, content)
-        asked = NO_CONTENT
-        table = (policy.trial or policy).table      # a table with more rules asks for more
-        if table.asks_content:
-            asked = await self._work(len(content), partial(
-                read_content, prepared.kept, content, table.wanted, null_sender=null_sender))
-        return known, self._decide(policy, recipients, prepared, encrypted, asked, submitter, reply=bool(known))
-
-    def _decide(self, policy: Policy, recipients: Mapping[str, Recipient], prepared: Prepared, encrypted: Encrypted,
-                content: Content, submitter: Submitter, *, reply: bool) -> Identity | None:
-        """The final action of each recipient, and who signs. Raises `MaloteError` when the whole message is refused."""
-        from_address, table = prepared.from_address, policy.table
-        identities = self._identities()
-        exists = from_address in identities or f"@{domain_of(from_address)}" in identities
-        if table.asks_sender and not submitter.owns(from_address):      # or whoever wants a weaker rule writes another From
-            raise SenderRefused("rules tell senders apart", reply=_NOT_YOURS)
-        changed = any(recipient.policy is not policy for recipient in recipients.values())
-        if (changed or prepared.controls is not None or reply or encrypted != "no" or not exists
-                or table.asks_sender or table.asks_content):
-            facts = MessageFacts(from_address, exists, prepared.controls, reply, encrypted, content)
-            decided = policy.decide_message(facts, [recipient.facts for recipient in recipients.values()])
-            for recipient, decision in zip(recipients.values(), decided.decisions, strict=True):
-                recipient.decision = decision
-                if decision.action is Action.PLAIN:
-                    _check_routes(policy, facts, recipient.routes)
-        else:       # RCPT had all of it
-            decisions = tuple([recipient.decision for recipient in recipients.values()])
-            decided = MessageDecision(decisions, decide_refusal(decisions))
-        decided.check()
-        sealing = any(decision.action is Action.SEAL for decision in decided.decisions)
-        identity = decide_signer(identities, submitter, from_address) if sealing else None
-        for recipient in recipients.values():
-            recipient.action = recipient.decision.action
-        if policy.trial is not None:
-            facts = MessageFacts(from_address, exists, prepared.controls, reply, encrypted, content)
-            _try(policy.trial, facts, recipients.values())
-        return identity
-
     async def _digest(self, prepared: Prepared) -> bytes:
         """What makes two submissions the same: the bytes after the removals, under a key that never leaves this store."""
         key = await self._store.local_key("journal")
         parts = prepared.stripped_parts
-        digest = await self._work(len(prepared.submitted), hmac_sha256, key, *parts)
+        digest = await self.decider.work(len(prepared.submitted), hmac_sha256, key, *parts)
         for part in parts:      # the thread may hold it a moment longer, and the submitted bytes could not be given back
             if isinstance(part, memoryview):
                 part.release()
         return digest
-
-    async def _work(self, size: int, function: Callable[..., T], *arguments: object) -> T:
-        """Here, or in a thread where it takes long enough for other clients to notice."""
-        if size <= INLINE_BYTES:
-            return function(*arguments)
-        return await asyncio.get_running_loop().run_in_executor(self._executor, function, *arguments)
 
     # write down
 
@@ -418,7 +234,7 @@ class Submissions:
                   if address in turn.earlier or letter.rows[address].state is SendState.ACCEPTED}
         groups = self._groups(letter, shown, before)
         letter.self_group = _with_own_blob(groups, letter)
-        recorder = self._recorder()
+        recorder = self.reporter.recorder()
         answer: Answer | None = None
         sent = False
         try:
@@ -434,7 +250,7 @@ class Submissions:
             if recorder is not None and sent:
                 recorder.left(letter, groups, outcomes)
             turn.accepted.update((address, each.reply) for address, each in outcomes.items() if each.state is State.ACCEPTED)
-            self._count(line, letter, outcomes, delivery.copies)
+            line.count(letter, outcomes, delivery.copies)
             line.note_alarm(delivery.alarm)
             done = all(outcome.state is State.ACCEPTED for outcome in outcomes.values())
             await self._finish(plan, delivery, turn, wait=not done, telling=answer.notify if answer is not None else ())
@@ -457,7 +273,7 @@ class Submissions:
     async def _tell(self, refused: Sequence[str], outcomes: Mapping[str, Outcome], delivery: Delivery, plan: SendPlan,
                     tx: Transaction) -> bool:
         """Whether the sender has been told of these. If not, nothing keeps another process from trying."""
-        recorder, letter, told = self._recorder(), delivery.letter, False
+        recorder, letter, told = self.reporter.recorder(), delivery.letter, False
         try:
             if recorder is None or await recorder.notifying(letter, tx.sender, refused, delivery.deadline):
                 try:
@@ -509,84 +325,6 @@ class Submissions:
         except StoreUnavailable as error:
             log.warning("outcome not written down", id=plan.submission_id.hex(), error=type(error).__name__)
 
-    # tell
-
-    def _count(self, line: Line, letter: Letter, outcomes: Mapping[str, Outcome], copies: int) -> None:
-        for outcome in outcomes.values():
-            line.states[outcome.state] = line.states.get(outcome.state, 0) + 1
-        line.sealed = sum(recipient.action is Action.SEAL for recipient in letter.recipients.values())
-        line.plain = sum(recipient.action is Action.PLAIN for recipient in letter.recipients.values())
-        line.copies = copies
-        if line.states.get(State.ACCEPTED) == len(outcomes):
-            line.outcome = "sealed" if not line.plain else "plain" if not line.sealed else "split"
-        elif line.states.get(State.REFUSED) and not line.states.get(State.DEFERRED) and not line.states.get(State.IN_DOUBT):
-            line.outcome = "partial" if line.states.get(State.ACCEPTED) else "refused"
-
-    def _log(self, session: ClientSession, tx: Transaction, line: Line, code: int, took_ms: int) -> None:
-        states = {state.value.replace("-", "_"): count for state, count in line.states.items()}
-        log.info(
-            "message", id=line.id, direction="out", outcome=line.outcome, reply=code, session=session.id, bytes=line.size,
-            sealed=line.sealed, plain=line.plain, copies=line.copies, ms=took_ms, **states,
-            login=session.user, sender=tx.sender, recipients=[recipient.address for recipient in tx.recipients],
-            **({"reason": line.why} if line.why else {}),
-        )
-        self._store.log_outcome(OutcomeEntry(
-            at_ms=self.clock_ms(), direction="out", outcome=line.outcome, account=session.user, message_id=line.id,
-            sender=line.from_address, recipients=len(tx.recipients), detail=f"{code} {line.why}".rstrip(), took_ms=took_ms))
-
-
-def _mark_outsiders(recipients: Iterable[Recipient], prepared: Prepared, known: Mapping[str, KnownMessage]) -> None:
-    """Who had no part in the opened message that this one answers: what In-Reply-To names, else the nearest of References."""
-    answered, earlier = reply_ids(prepared.kept)
-    opened = [known[each] for each in answered if each in known and known[each].participants is not None]
-    opened = opened or [known[each] for each in earlier if each in known and known[each].participants is not None][:1]
-    for recipient in recipients:
-        recipient.outsider = (recipient.address != prepared.from_address
-                              and not all(each.had_part(recipient.address) for each in opened))
-
-
-def _try(trial: Policy, facts: MessageFacts, recipients: Iterable[Recipient]) -> None:
-    """What the rules on trial would do: nothing of it is obeyed."""
-    recipients = list(recipients)
-    decided = trial.decide_message(facts, [recipient.facts for recipient in recipients])
-    for recipient, decision in zip(recipients, decided.decisions, strict=True):
-        recipient.trial = Action.REFUSE if decided.refusal is not None else decision.action, decision
-
-
-def _changes(recipients: Iterable[Recipient]) -> list[Would]:
-    """Whom the rules on trial would treat otherwise."""
-    tried = [(each.address, each.action, *each.trial) for each in recipients if each.trial is not None]
-    return [would(address, decision, refusal=Reason.OTHERS if action is Action.REFUSE else None)
-            for address, done, action, decision in tried if action is not done]
-
-
-def _check_envelope(policy: Policy, recipient: Recipient, sender: str) -> None:
-    """Raises what RCPT is answered already."""
-    if recipient.decision.action is Action.PLAIN:
-        _check_routes(policy, MessageFacts(sender), recipient.routes)
-    if recipient.decision.action is Action.REFUSE:
-        refused = policy.decide_envelope(recipient.facts, sender)
-        if refused is not None:
-            raise refusal_of([refused])
-
-
-def _check_routes(policy: Policy, message: MessageFacts, routes: Sequence[RecipientFacts]) -> None:
-    """What must be sealed for bob@b.example does not leave in clear for bob%b.example@relay. Raises `PolicyRefused`."""
-    for target in routes:
-        if policy.decide_recipient(message, target).action is not Action.PLAIN:
-            text = f"Mail for {printable(target.address)} must be sealed, so write to that address itself; nothing was sent"
-            raise PolicyRefused("a route to a recipient whose mail is sealed", reply=Reply(550, "5.7.1", text))
-
-
-_WHY: Mapping[type[MaloteError], str] = {       # never the reply's text, which names the recipients
-    KeyMissing: "no card", SenderRefused: "no identity that may sign", PolicyRefused: "by a rule", FormatError: "no mail",
-    MailLoop: "a loop", TooBusy: "too busy", ClockWrong: "the clock is wrong", StoreUnavailable: "the store is not available",
-}
-
-
-def _why(error: MaloteError) -> str:
-    return next((why for kind, why in _WHY.items() if isinstance(error, kind)), "")
-
 
 def _left_out(letter: Letter, turn: Turn) -> dict[str, Outcome]:
     """Those who get nothing: they may not have what the others get (`mixed = "split"`), or the upstream server refused them at
@@ -614,6 +352,3 @@ def _with_own_blob(groups: Sequence[Group], letter: Letter) -> Group | None:
     own = letter.to_self
     return next((group for group in groups if own is not None and group.kind in (Kind.VISIBLE, Kind.LIST)
                  and letter.rows[group.addresses[0]].stream == own.stream), None)
-
-
-__all__ = ["LOCAL", "Finished", "SendRow", "Submissions"]
