@@ -318,6 +318,25 @@ async def test_a_decision_that_contradicts_itself_is_none(decision: Decision, ma
             cleared.check(b"", ["x@test.example"])
 
 
+async def test_what_was_looked_at_is_what_is_written_and_to_whom(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Equal bytes are not enough where they were sealed; a notice is for the sender; who says encrypted means these bytes."""
+    required = decided(Level.REQUIRE, Action.SEAL)
+    sealed = Recipient("x@test.example", "x@test.example", {}, None, False, required, action=Action.SEAL)
+    with pytest.raises(NotProven, match="looked at"):
+        Clearance(b"sealed", True, False, "", (sealed,)).check(bytearray(b"sealed"), ["x@test.example"])
+    covered = replace(sealed, action=Action.PLAIN, decision=decided(Level.REQUIRE, Action.PLAIN, covered=True))
+    letter = copies.Letter(
+        original=MESSAGE, message_id="", sender_address=ALICE.address, identity=None, recipients={covered.address: covered},
+        rows={}, submission_id=b"", sent_at_ms=0, received=b"", known_outer_ids={}, fold=True, shown=frozenset())
+    monkeypatch.setattr(clearance, "check_covered", lambda _: None)
+    group = Group(Kind.PLAIN, (covered.address,))
+    clearance.clear(letter, group, copies.Copy(MESSAGE, sealed=False))
+    with pytest.raises(NotProven, match="that are encrypted"):
+        clearance.clear(letter, group, copies.Copy(MESSAGE + b"x", sealed=False))
+    with pytest.raises(NotProven, match="somebody else"):
+        clearance.NoticeClearance(letter, ALICE.address).check(b"", [BOB.address])
+
+
 def test_nothing_is_given_to_the_server_without_the_gate() -> None:
     """Every call that hands over a message, on this side of the program, says what is to be asked first."""
     calls = [
