@@ -23,7 +23,7 @@ class Outcomes:
         self._addresses = addresses
 
     def note(self, letter: Letter, outcome: str, verdict: str, *, detail: str = "") -> None:
-        """`detail`: a code or a class of fault, nothing that a message or a server said."""
+        """`detail`: a code, a class of fault, or notes; nothing that a message or a server said."""
         took_ms = round((time.monotonic() - letter.started) * 1000)
         sender = letter.unsealed.sender if letter.unsealed is not None else ""
         named = {"sender": sender} if self._addresses and sender else {}

@@ -29,7 +29,7 @@ from malote.incoming.account import AccountKeys
 from malote.incoming.delivery import carriable, wrapped
 from malote.incoming.gateway_keys import GatewayKeys
 from malote.incoming.handover import Handover, Result, Target
-from malote.incoming.opening import NO_ID, card_of, find_cards, off_loop, remember_outer_id
+from malote.incoming.opening import NO_ID, card_of, find_cards, gateway_notes, off_loop, remember_outer_id
 from malote.incoming.presenting import Frame, framed, opened_copy, received_lines
 from malote.incoming.turns import Known, Memory, Turn, Turns
 from malote.smtp.lmtp import Replies
@@ -210,8 +210,9 @@ class Passage:
                 remember_outer_id(self._store, case.opened, judgement.verdict, self._clock())
         elif result.certain and not turn.stored.delivered:
             self._turns.not_delivered(turn)
+        notes = " ".join((*judgement.notes, *gateway_notes(case.opened, case.keys)))
         self._note(mail, outcome if result.accepted else "failed", verdict=judgement.verdict, recipient=case.recipient,
-                   unsealed=unsealed, detail="" if result.accepted else str(result.reply.code))
+                   unsealed=unsealed, detail=notes if result.accepted else str(result.reply.code))
         return result.reply
 
     async def _deliver(self, case: Case, judgement: Judgement, turn: Turn) -> Result:
@@ -300,7 +301,7 @@ class Passage:
 
     def _note(self, mail: Mail, outcome: str, *, verdict: str = "", recipient: Recipient | None = None, recipients: int = 1,
               unsealed: Unsealed | None = None, detail: str = "") -> None:
-        """One line in the log and one for `malote log`. `detail`: a code, or a reason of `Unreadable`; never content."""
+        """One line in the log and one for `malote log`. `detail`: a code, a reason of `Unreadable`, or notes; never content."""
         took_ms = round((time.monotonic() - mail.started) * 1000)
         message_id = unsealed.manifest.id.hex() if unsealed is not None else ""
         sender = unsealed.sender if unsealed is not None else ""

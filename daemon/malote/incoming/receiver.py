@@ -25,7 +25,7 @@ from malote.incoming.delivery import Delivery, Failure, Parcel, carriable, wrapp
 from malote.incoming.foreign import ForeignFolders
 from malote.incoming.imap_protocol import MAX_LITERAL
 from malote.incoming.mailbox import Fetched, Folder
-from malote.incoming.opening import Kind, Letter, Opener, off_loop, remember_outer_id
+from malote.incoming.opening import Kind, Letter, Opener, gateway_notes, off_loop, remember_outer_id
 from malote.incoming.outcomes import Outcomes
 from malote.incoming.presenting import Frame, opened_copy, received_lines
 from malote.incoming.session import Folders, Session
@@ -295,9 +295,11 @@ class Receiver:
     async def _finish(self, place: Place, done: Sequence[Judged], outcome: str) -> None:
         await asyncio.gather(*(self._store.mark_delivered(item.stored.row_id) for item in done if item.stored.row_id is not None))
         for item in done:
+            notes = item.stored.judgement.notes
             if item.letter.opened is not None:
                 remember_outer_id(self._store, item.letter.opened, item.stored.judgement.verdict, self._clock())
-            self._outcomes.note(item.letter, outcome, item.stored.judgement.verdict)
+                notes = (*notes, *gateway_notes(item.letter.opened, self._keys))
+            self._outcomes.note(item.letter, outcome, item.stored.judgement.verdict, detail=" ".join(notes))
         await self._forget_attempts(place, [item.letter.uid for item in done])
 
     async def _forget_attempts(self, place: Place, uids: Iterable[int]) -> None:
