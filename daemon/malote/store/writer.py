@@ -32,9 +32,8 @@ MAX_BATCH = 256             # operations in one commit: bounds how long the firs
 MAX_LAZY = 20_000           # operations nobody waits for, kept while the store is unavailable; then the oldest are dropped
 LAZY_SECONDS = 0.5          # how long such an operation waits for company
 # How long a commit waits for more while several callers are about (PostgreSQL calls it commit_delay and commit_siblings); a lone
-# caller never waits. With ten about, a commit then has nearly all of them, and while this thread works the event loop has little
-# to do: at each statement the interpreter's lock passes between the two, which cost a message of the relay 80 us.
-LINGER_SECONDS = 0.006
+# caller never waits. Without, most commits of a busy relay have one or two callers, and each takes as long as one of ten.
+LINGER_SECONDS = 0.002
 
 log = logging.getLogger("malote.store")
 
