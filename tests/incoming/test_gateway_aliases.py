@@ -50,7 +50,7 @@ def said(messages: list[bytes]) -> list[str]:
 
 async def test_expanded_behind_malote(lab: Lab, dovecot: Dovecot, people: list[str], tmp_path: Path) -> None:
     """As docs/gateway.md shows it: Postfix hands the mail to malote with the address that the sender wrote to, and expands what
-    comes back. One message, opened once, FRESH for the alias, and each of the people gets that; who was named himself gets both."""
+    comes back. One message, opened once, FRESH for the alias, and each of the people gets that; who was named too gets both."""
     back, port = free_port(), free_port()
     postfix = lab.postfix(dovecot.lmtp_hop, settings={
         **aliases(people), "content_filter": f"lmtp:inet:{HOST}:{port}", "receive_override_options": "no_address_mappings"},

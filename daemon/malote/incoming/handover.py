@@ -17,7 +17,9 @@ from malote.smtp.lanes import PooledLane
 from malote.smtp.path import HOPS
 from malote.smtp.relay import UpstreamConnection
 
-_PASSED_ON = ("SMTPUTF8", "RET", "ENVID", "REQUIRETLS")     # of MAIL; SIZE and BODY are told anew
+# Of MAIL; SIZE and BODY are told anew. SMTPUTF8 is told if the client did, for its addresses, and never for what an opened header
+# holds: a server that knows it would bounce the mail once it comes to one that does not, and all take such headers undeclared.
+_PASSED_ON = ("SMTPUTF8", "RET", "ENVID", "REQUIRETLS")
 _ERROR = UpstreamError().reply
 
 
@@ -78,7 +80,7 @@ class Handover:
         if connection is not None:
             future = connection.rcpt(target.path, target.params)
         else:
-            params = self._mail_params(size=int(self._params.get("SIZE", 0)), eight_bit=True, utf8="SMTPUTF8" in self._params)
+            params = self._mail_params(size=int(self._params.get("SIZE", 0)), eight_bit=True)
             self._connection, [future] = await self._begin(self._sender, params, [target])
             self._asked, self._open_params = [], params
         self._asked.append((target, future))
@@ -113,10 +115,10 @@ class Handover:
         """Whether the next server takes text that is not ASCII."""
         return "8BITMIME" in self._lane.extensions
 
-    async def deliver(self, targets: Sequence[Target], content: bytes, *, utf8: bool = False,
-                      on_final_dot: Callable[[], object], sender: str | None = None) -> list[Result]:
-        """One body for these recipients; what became of each. `utf8`: its header is not ASCII. `sender`: in the place of the
-        client's. Never raises but when cancelled."""
+    async def deliver(self, targets: Sequence[Target], content: bytes, *, on_final_dot: Callable[[], object],
+                      opened: bool = False, sender: str | None = None) -> list[Result]:
+        """One body for these recipients; what became of each. `opened`: it came sealed. `sender`: in the place of the client's.
+        Never raises but when cancelled."""
         sent = False
 
         def final_dot() -> None:
@@ -127,8 +129,7 @@ class Handover:
         connection: UpstreamConnection | None = None
         replies: list[Reply | None] = [None] * len(targets)
         try:
-            utf8 = utf8 and "SMTPUTF8" in self._lane.extensions     # without it servers take such headers as 8-bit text
-            params = self._mail_params(size=len(content), eight_bit=not content.isascii(), utf8=utf8)
+            params = self._mail_params(size=len(content), eight_bit=not content.isascii(), opened=opened)
             connection = self._take_open(targets, params) if sender is None else None
             if connection is None:
                 await self.end()
@@ -175,11 +176,11 @@ class Handover:
         futures = [asked.get(connection) or connection.rcpt(targets[0].path, targets[0].params)]
         return connection, futures + [connection.rcpt(target.path, target.params) for target in targets[1:]]
 
-    def _mail_params(self, *, size: int, eight_bit: bool, utf8: bool) -> dict[str, str | bool]:
+    def _mail_params(self, *, size: int, eight_bit: bool, opened: bool = False) -> dict[str, str | bool]:
         extensions = self._lane.extensions
         params: dict[str, str | bool] = {name: self._params[name] for name in _PASSED_ON if name in self._params}
-        if utf8:
-            params["SMTPUTF8"] = True
+        if opened and "DSN" in extensions:      # a bounce goes back over the ways that the sealed form was made for
+            params["RET"] = "HDRS"
         if size and "SIZE" in extensions:
             params["SIZE"] = str(size)
         if eight_bit and "8BITMIME" in extensions:

@@ -19,12 +19,12 @@ from malote.core import status
 from malote.core.card import Card
 from malote.core.freshness import AGAIN, DAY_MS, FreshnessLimits, Judgement
 from malote.core.identity import Identity
-from malote.core.message import fold_field, split_header
+from malote.core.message import fold_field
 from malote.core.open import Opened, Unsealed, authenticate, unseal
 from malote.core.parts import FoundParts, find_parts
 from malote.core.primitives import sha256
 from malote.core.trace import check_hops
-from malote.errors import FormatError, MailLoop, MaloteError, Reply, Unreadable
+from malote.errors import MailLoop, MaloteError, Reply, Unreadable
 from malote.incoming.account import AccountKeys
 from malote.incoming.delivery import carriable, wrapped
 from malote.incoming.gateway_keys import GatewayKeys
@@ -220,16 +220,16 @@ class Passage:
         frame = await self._frame(case, received_lines(mail.raw))
         form = carriable_lines if mail.handover.eight_bit else ascii_lines
         content = await off_loop(len(mail.raw), opened_copy, case.opened, judgement, frame, form)
-        return await self._hand_over(mail, case.recipient.target, content, turn, utf8=has_utf8_header(content))
+        return await self._hand_over(mail, case.recipient.target, content, turn, opened=True)
 
-    async def _hand_over(self, mail: Mail, target: Target, content: bytes, turn: Turn | None, *, utf8: bool,
+    async def _hand_over(self, mail: Mail, target: Target, content: bytes, turn: Turn | None, *, opened: bool = False,
                          sender: str | None = None) -> Result:
         def final_dot() -> None:
             if turn is not None:
                 turn.sent = True
             mail.keep_going()
 
-        [result] = await mail.handover.deliver([target], content, utf8=utf8, on_final_dot=final_dot, sender=sender)
+        [result] = await mail.handover.deliver([target], content, on_final_dot=final_dot, opened=opened, sender=sender)
         return result
 
     async def _frame(self, case: Case, trace: Sequence[bytes]) -> Frame:
@@ -270,7 +270,7 @@ class Passage:
         local, _, domain = recipient.target.path.rpartition("@")
         place = self._config.quarantine.replace("{local}", local).replace("{domain}", domain)
         header = fold_field("Malote-Quarantine", [verdict, "for", recipient.address or "somebody"])
-        result = await self._hand_over(mail, Target(place, {}), header + content, turn, utf8=not header.isascii(), sender="")
+        result = await self._hand_over(mail, Target(place, {}), header + content, turn, sender="")
         if result.reply.code // 100 == 5:
             log.error("quarantine", session=mail.session, fault="the next server refuses the quarantine address",
                       code=result.reply.code)
@@ -290,7 +290,7 @@ class Passage:
             mail.passed += before
             left = [recipient for recipient in left if recipient not in before]
         results = await mail.handover.deliver([recipient.target for recipient in left], mail.raw,
-                                              utf8=False, on_final_dot=mail.keep_going) if left else []
+                                              on_final_dot=mail.keep_going) if left else []
         for recipient, result in zip(left, results, strict=True):
             mail.replies[recipient] = result.reply
         accepted = [recipient for recipient, result in zip(left, results, strict=True) if result.accepted]
@@ -316,13 +316,6 @@ class Passage:
 
 def _authserv_ids(recipient: Recipient) -> tuple[str, ...]:
     return recipient.keys.authserv_ids if recipient.keys is not None else (NO_ID,)
-
-
-def has_utf8_header(content: bytes) -> bool:
-    try:
-        return not split_header(content)[0].isascii()
-    except FormatError:     # longer than we look at: then it is said to be
-        return True
 
 
 def carriable_lines(original: bytes) -> bytes:
