@@ -158,8 +158,6 @@ def codes(answers: list[str]) -> list[int]:
     return [int(answer[:3]) for answer in answers]
 
 
-
-
 class ScriptedLmtp:
     """An LMTP server that keeps what it takes. `after_data(user)`: None takes it; a reply refuses it; "drop" takes it and cuts
     the line without an answer. `slow`: seconds before it answers."""
@@ -169,6 +167,7 @@ class ScriptedLmtp:
         self.port = 0
         self._after_data = after_data
         self._slow = slow
+        self._writers: set[asyncio.StreamWriter] = set()
 
     async def __aenter__(self) -> Self:
         self._server = await asyncio.start_server(self._serve, HOST, 0, limit=1 << 26)
@@ -176,7 +175,11 @@ class ScriptedLmtp:
         return self
 
     async def __aexit__(self, *_: object) -> None:
+        """Ends what clients keep open too: left to the garbage collector, it would warn in some later test."""
         self._server.close()
+        for writer in self._writers:
+            writer.transport.abort()
+        await asyncio.sleep(0.01)
 
     async def arrived(self, user: str, count: int) -> None:
         async with asyncio.timeout(20):
@@ -185,6 +188,7 @@ class ScriptedLmtp:
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         recipients: list[str] = []
+        self._writers.add(writer)
         writer.write(b"220 lmtp.test.example LMTP\r\n")
         while line := (await reader.readline()).decode().strip():
             verb = line.partition(" ")[0].upper()
